@@ -1,0 +1,122 @@
+"""Fixtures and helpers for all tests; test files import the helpers with `from conftest import ...`."""
+
+import gzip
+import importlib.util
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision.datasets import FashionMNIST
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT_V3 = REPOSITORY / "LatentDiffusionModel" / "v3" / "script_model_train_test.py"
+ARCHIVES = [
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+]
+
+_module_numbers = itertools.count()
+
+
+def load_script(path):
+    """Import a Python file under a module name that is new each time, so that no two tests share its state."""
+    path = Path(path)
+    name = f"loaded_{path.parent.name}_{path.stem}_{next(_module_numbers)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(path, *args, timeout=240, cwd=None, env=None):
+    """Run a Python file with this interpreter, without a terminal; `env` is added to the environment.
+
+    Returns the CompletedProcess, its output as text. Raises subprocess.TimeoutExpired after `timeout` seconds.
+    """
+    return subprocess.run(
+        [sys.executable, str(path), *map(str, args)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=timeout,
+        cwd=cwd,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})},
+    )
+
+
+def draw_shapes(labels, rng):
+    """Draw one uint8 image a label: a bright bar at the class's place, jittered, on faint noise."""
+    images = rng.integers(0, 20, (len(labels), 28, 28), dtype=np.uint8)  # (N, 28, 28)
+    jitter = rng.integers(0, 3, (len(labels), 2))
+    brightness = rng.integers(150, 256, len(labels))
+    for image, label, (dy, dx), value in zip(images, labels, jitter, brightness, strict=True):
+        position = 2 + 4 * (label % 5)
+        if label < 5:
+            image[position + dy : position + dy + 5, 4 + dx : 22 + dx] = value
+        else:
+            image[4 + dy : 22 + dy, position + dx : position + dx + 5] = value
+    return images
+
+
+def write_idx(path, array):
+    """Write a uint8 array in the idx format of the MNIST data sets, and the gzip archive beside it."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    content = header + array.tobytes()
+    path.write_bytes(content)
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(content, mtime=0))
+
+
+def write_tiny_data(root, train=640, test=160, seed=0):
+    """Write a small data set of class-dependent shapes in torchvision's raw layout; the same bytes every time."""
+    raw = Path(root) / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for prefix, count in (("train", train), ("t10k", test)):
+        labels = rng.permutation(np.arange(count) % 10).astype(np.uint8)
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", draw_shapes(labels, rng))
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", labels)
+
+
+def provide_real_data(root):
+    """Return `root` with Fashion-MNIST in it, downloaded if need be; without it skip the test, or fail it under CI."""
+    raw = Path(root) / "FashionMNIST" / "raw"
+    if all((raw / name).is_file() for name in ARCHIVES):
+        return root
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets none, and a blocked network would hang
+    try:
+        FashionMNIST(root, download=True)
+        return root
+    except (OSError, RuntimeError) as error:
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up(f"Fashion-MNIST is not in {raw}, and downloading it failed: {error}")
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+@pytest.fixture(scope="session")
+def tiny_data_dir(tmp_path_factory):
+    """Folder for --data-dir: 640 training and 160 test images of simple shapes. Copy it before you damage it."""
+    root = tmp_path_factory.mktemp("tiny_data")
+    write_tiny_data(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_data_dir():
+    """Folder for --data-dir with the real Fashion-MNIST."""
+    return provide_real_data(REPOSITORY / "data")
+
+
+@pytest.fixture(scope="session")
+def script_v3():
+    """LatentDiffusionModel/v3's script as a module."""
+    return load_script(SCRIPT_V3)
