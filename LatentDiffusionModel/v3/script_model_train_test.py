@@ -1,0 +1,1398 @@
+"""Latent rectified flow on Fashion-MNIST: an autoencoder with channel attention and a conditional UNet.
+
+Stage 1 trains an autoencoder that turns a 28x28 image into a small latent; stage 2 trains a class-conditional UNet
+to carry Gaussian noise to such latents along straight lines. Sampling integrates the learnt velocity with Euler's or
+Heun's method under classifier-free guidance, and decodes the result.
+
+    python script_model_train_test.py                    train (or resume), then write every figure to output/
+    python script_model_train_test.py --quick            the whole pipeline, tiny, into output/quick/
+    python script_model_train_test.py --sample-only --class Sandal --num-samples 16
+    python script_model_train_test.py --sample-only --export-samples 10000
+
+Papers: rectified flow (Liu et al. 2022, arXiv 2209.03003) with logit-normal times (Esser et al. 2024, 2403.03206);
+latent diffusion (Rombach et al. 2022, 2112.10752) with a perceptual loss (Zhang et al. 2018, 1801.03924);
+classifier-free guidance (Ho & Salimans 2022, 2207.12598); channel attention (Hu et al. 2018, 1709.01507).
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import hashlib
+import io
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.datasets import FashionMNIST
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, two runs on one output folder are not told apart
+    fcntl = None
+
+# =====================================================================================================================
+# Config
+# =====================================================================================================================
+
+VERSION = "LatentDiffusionModel/v3"
+QUICK = {"train_images": 1280, "autoencoder_epochs": 1, "epochs": 2, "autoencoder_width": 8, "width": 16}  # --quick
+
+
+def option(default, help: str, low=None, high=None, *, choices: tuple = (), resume: str = "match"):
+    """A field of `Config`. `resume` says what a run that resumes does with it: "match", the value must be that of the
+    checkpoint; "keep", it is the checkpoint's unless the flag is given; "local", checkpoints do not hold it."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "resume": resume}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting of the experiment; each field is also a flag. The defaults reproduce the published result."""
+
+    # where and how to run
+    output_dir: str = option("", "folder for all that a run writes (empty: output/ beside the script)", resume="local")
+    data_dir: str = option("", "torchvision's root (empty: data/ of the repository, or beside)", resume="local")
+    device: str = option("auto", "cpu, cuda, cuda:N or mps (auto: the best there is)", resume="local")
+    compile: bool = option(False, "torch.compile the models in training", resume="local")
+    seed: int = option(0, "seed of training", 0, 2**31 - 1)
+    train_images: int = option(55_000, "training images used, from the first on", 10, 55_000)
+    checkpoint_minutes: float = option(3.0, "minutes between checkpoints within an epoch", 0.0, 1e4, resume="keep")
+    # stage 1: the autoencoder
+    autoencoder_epochs: int = option(0, "epochs of stage 1 (0: 4 on a CPU, else 40)", 0, 10_000, resume="keep")
+    autoencoder_batch_size: int = option(128, "images a step", 1, 4096)
+    autoencoder_learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
+    autoencoder_width: int = option(32, "channels at 14x14, a multiple of 8; twice as many at 7x7", 8, 512)
+    latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
+    latent_noise: float = option(0.1, "standard deviation of noise on the latents, whose own is 1", 0.0, 1.0)
+    perceptual_weight: float = option(1.0, "weight of the perceptual distance beside the absolute error", 0.0, 100.0)
+    # stage 2: the diffusion
+    epochs: int = option(0, "epochs of stage 2 (0: 10 on a CPU, else 200)", 0, 100_000, resume="keep")
+    batch_size: int = option(128, "latents a step", 1, 4096)
+    learning_rate: float = option(1e-3, "peak learning rate", 1e-8, 1.0)
+    width: int = option(64, "channels of the UNet at 7x7, a multiple of 8; twice as many at 4x4", 8, 512)
+    class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
+    ema_decay: float = option(0.999, "decay of the averaged weights a step", 0.0, 0.999999)
+    # samples and figures
+    sampler: str = option("heun", "ODE solver", choices=("euler", "heun"), resume="keep")
+    sampling_steps: int = option(8, "steps of the solver (Heun's takes two evaluations each)", 1, 1000, resume="keep")
+    guidance_scale: float = option(1.5, "0: unconditional, 1: conditional, above: guided", 0.0, 20.0, resume="keep")
+    sampling_seed: int = option(0, "seed of the noise that samples start from", 0, 2**31 - 1, resume="local")
+    figures_every: int = option(50, "epochs of stage 2 between full sets of figures", 1, 100_000, resume="keep")
+
+
+def with_recipe(config: Config, device: torch.device) -> Config:
+    """Fills in the epochs that were left to the device."""
+    stage1, stage2 = (4, 10) if device.type == "cpu" else (40, 200)
+    return dataclasses.replace(
+        config, autoencoder_epochs=config.autoencoder_epochs or stage1, epochs=config.epochs or stage2
+    )
+
+
+class ExperimentError(Exception):
+    """What ends a run with one line and the exit status `status`: 2 for bad input, 128 + n for signal n."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser with a flag for each field of a configuration, and with errors of one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help describes every flag)\n")
+
+    def add_config(self, config_class: type) -> None:
+        """A flag that is not given leaves no attribute behind."""
+        for field in dataclasses.fields(config_class):
+            rules, name = field.metadata, field.name.replace("_", "-")
+            limits = "" if rules["low"] is None else f", {rules['low']:g} to {rules['high']:g}"
+            text = f"{rules['help']} ({field.type.__name__}{limits}; default: {field.default!r})".replace("%", "%%")
+            kind = {"type": bounded(field.type, rules["low"], rules["high"]), "metavar": field.type.__name__.upper()}
+            if rules["choices"]:
+                kind = {"choices": rules["choices"]}
+            if field.type is bool:
+                kind = {"action": argparse.BooleanOptionalAction}
+            self.add_argument(f"--{name}", dest=field.name, default=argparse.SUPPRESS, help=text, **kind)
+
+
+def bounded(kind: type, low, high) -> Callable[[str], object]:
+    """Returns the function that turns a flag's text into a `kind` from low to high (both None: any)."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        if low is not None and not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in the range {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def stored_fields(config_class: type, *resume: str) -> list[str]:
+    """Names of the fields whose `resume` is one of those given."""
+    return [field.name for field in dataclasses.fields(config_class) if field.metadata["resume"] in resume]
+
+
+def settle_config(config_class: type, given: dict, checkpoint: dict | None):
+    """The `config_class` of this run: the flags `given`, else the checkpoint's values, else the defaults.
+
+    Raises ExperimentError that names the fields in which the flags contradict the checkpoint.
+    """
+    stored = checkpoint["config"] if checkpoint else {}
+    names = [n for n in stored_fields(config_class, "match") if n in given and given[n] != stored.get(n, given[n])]
+    if names:
+        clashes = ", ".join(f"{name} is {stored[name]!r} there and {given[name]!r} here" for name in names)
+        raise ExperimentError(
+            f"the checkpoint was trained with another configuration: {clashes}. Leave these flags out to go on with "
+            "it, choose another --output-dir, or start over with --fresh"
+        )
+    return config_class(**stored | given)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA, else MPS, else the CPU. Raises ExperimentError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ExperimentError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from None
+    torch.set_float32_matmul_precision("high")  # TF32 where there is
+    return torch.device(name)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the hardware multiplies it natively: CUDA since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # old releases cannot tell: float32
+        native = device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+
+
+def derived_seed(*parts) -> int:
+    """A 63-bit seed: the same for the same parts, independent for others."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+# =====================================================================================================================
+# Data
+# =====================================================================================================================
+
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+NULL_CLASS = len(CLASS_NAMES)  # the label that means "no class"
+RAW_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+class Data(NamedTuple):
+    """Images (N, 1, 28, 28) uint8 and labels (N,) int64, resident on the device. The test split is not read."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    validation_images: Tensor
+    validation_labels: Tensor
+
+
+def default_data_dir() -> Path:
+    """data/ at the root of the repository that this script stands in, or beside the script if it stands alone."""
+    folder = Path(__file__).resolve().parent
+    return next((p for p in folder.parents if (p / "LatentDiffusionModel").is_dir()), folder) / "data"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an unpacked idx file has the size that its header says."""
+    with open(path, "rb") as file:
+        header = np.frombuffer(file.read(16), ">i4")
+    shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]) if len(header) == 4 else 0)
+    return shape is not None and path.stat().st_size == 4 + 4 * len(shape) + int(np.prod(shape, dtype=np.int64))
+
+
+def load_fashion_mnist(data_dir: Path, train_images: int, device: torch.device) -> Data:
+    """Reads Fashion-MNIST, at the first use downloads it. The last twelfth of the training images is for validation.
+
+    Raises ExperimentError that names the archives, the folder they belong in and where they come from.
+    """
+    raw = data_dir / "FashionMNIST" / "raw"
+    try:
+        for path in [raw / name for name in RAW_FILES]:
+            if path.exists() and not is_whole(path):  # a kill while unpacking; torchvision looks at the name only
+                print(f"warning: {path} is damaged, unpacking it again")
+                path.unlink()
+        dataset = FashionMNIST(data_dir, train=True, download=True)
+    except (RuntimeError, OSError) as error:
+        raise ExperimentError(
+            f"cannot read Fashion-MNIST ({' '.join(str(error).split())[:300]}). Without a network, put "
+            f"{', '.join(name + '.gz' for name in RAW_FILES)} from github.com/zalandoresearch/fashion-mnist into {raw}"
+        ) from None
+    images, labels = dataset.data[:, None].to(device), dataset.targets.to(device)
+    split = len(images) - len(images) // 12
+    kept = min(train_images, split)
+    return Data(images[:kept], labels[:kept], images[split:], labels[split:])
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0..255 to float32 in [-1, 1], any shape."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """The inverse of `to_float`, clamped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+# =====================================================================================================================
+# Model
+# =====================================================================================================================
+
+
+class ChannelAttention(nn.Module):
+    """Squeeze-and-excitation (Hu et al. 2018, Eq. 2-4): each channel is scaled by a gate computed from all means."""
+
+    def __init__(self, channels: int, reduction: int = 4):
+        super().__init__()
+        self.squeeze = nn.Linear(channels, channels // reduction)
+        self.excite = nn.Linear(channels // reduction, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.excite(F.silu(self.squeeze(x.mean(dim=(2, 3))))))  # (B, C)
+        return x * gate[:, :, None, None]
+
+
+class ChannelAttentionBlock(nn.Module):
+    """Residual block of the autoencoder: two convolutions, then channel attention. Starts as the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
+        self.attention = ChannelAttention(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return x + self.attention(h)
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """The same layer with its weight and bias at zero: a residual branch that starts as nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Autoencoder(nn.Module):
+    """28x28 images to latents of `latent_channels` x 7 x 7 and back.
+
+    `encode` and `decode` speak of standardised latents: each channel has mean 0 and variance 1 over the training set
+    once `set_statistics` has been called.
+    """
+
+    def __init__(self, latent_channels: int, width: int):
+        super().__init__()
+        self.encoder = nn.Sequential(  # (B, 1, 28, 28)
+            nn.PixelUnshuffle(2),  # (B, 4, 14, 14)
+            nn.Conv2d(4, width, 3, padding=1),
+            ChannelAttentionBlock(width),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),  # (B, 2W, 7, 7)
+            ChannelAttentionBlock(2 * width),
+            nn.GroupNorm(8, 2 * width),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, latent_channels, 3, padding=1),  # (B, C, 7, 7)
+        )
+        self.decoder = nn.Sequential(  # (B, C, 7, 7)
+            nn.Conv2d(latent_channels, 2 * width, 3, padding=1),
+            ChannelAttentionBlock(2 * width),
+            ChannelAttentionBlock(2 * width),
+            nn.Conv2d(2 * width, 4 * width, 1),
+            nn.PixelShuffle(2),  # (B, W, 14, 14)
+            ChannelAttentionBlock(width),
+            ChannelAttentionBlock(width),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, 4, 3, padding=1),
+            nn.PixelShuffle(2),  # (B, 1, 28, 28)
+        )
+        self.register_buffer("latent_mean", torch.zeros(1, latent_channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(1, latent_channels, 1, 1))
+
+    def raw_encode(self, images: Tensor) -> Tensor:
+        """Images (B, 1, 28, 28) in [-1, 1] to latents (B, C, 7, 7), each of mean 0 and variance 1."""
+        latents = self.encoder(images).float()
+        return F.layer_norm(latents, latents.shape[1:])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 1, 28, 28) in [-1, 1] to standardised latents (B, C, 7, 7)."""
+        return (self.raw_encode(images) - self.latent_mean) / self.latent_std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Standardised latents (B, C, 7, 7) to images (B, 1, 28, 28), about [-1, 1]."""
+        return self.decoder(latents * self.latent_std + self.latent_mean).float()
+
+    def set_statistics(self, latents: Tensor) -> None:
+        """Standardises further what `encode` returns by the statistics of `latents` (N, C, 7, 7), which it returned."""
+        self.latent_mean += self.latent_std * latents.mean(dim=(0, 2, 3), keepdim=True)
+        self.latent_std *= latents.std(dim=(0, 2, 3), keepdim=True)
+
+
+class PerceptualNet(nn.Module):
+    """A small classifier whose feature maps measure how alike two images look."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        widths = (1, width, 2 * width, 4 * width)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.GroupNorm(8, o), nn.ReLU())
+            for i, o in zip(widths, widths[1:])
+        )
+        self.head = nn.Linear(widths[-1], len(CLASS_NAMES))
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Images (B, 1, 28, 28) to the feature maps of the three stages and the logits (B, 10)."""
+        features = [images]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        return features[1:], self.head(features[-1].mean(dim=(2, 3)))
+
+
+class AutoencoderObjective(nn.Module):
+    """What stage 1 trains: the autoencoder, and beside it the classifier whose features its loss looks through.
+
+    The classifier learns from real images only; the autoencoder sees its features but cannot change them.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, latent_noise: float, perceptual_weight: float):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.perceptual_net = PerceptualNet()
+        self.latent_noise = latent_noise
+        self.perceptual_weight = perceptual_weight
+
+    def forward(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """uint8 images (B, 1, 28, 28) and labels (B,) to absolute error + perceptual distance + cross-entropy."""
+        x = to_float(images)
+        z = self.autoencoder.raw_encode(x)
+        noise = torch.randn(z.shape, generator=generator, device=z.device)
+        y = self.autoencoder.decoder(z + self.latent_noise * noise).float()
+        real, logits = self.perceptual_net(x)
+        frozen = {name: parameter.detach() for name, parameter in self.perceptual_net.named_parameters()}
+        made, _ = torch.func.functional_call(self.perceptual_net, frozen, (y,))
+        distance = sum(perceptual_distance(a.detach(), b) for a, b in zip(real, made))
+        return (x - y).abs().mean() + self.perceptual_weight * distance + F.cross_entropy(logits.float(), labels)
+
+
+def perceptual_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared distance of feature maps normalised over channels (Zhang et al. 2018, Eq. 1, unit weights)."""
+    a, b = F.normalize(a.float(), dim=1, eps=1e-3), F.normalize(b.float(), dim=1, eps=1e-3)
+    return (a - b).square().sum(dim=1).mean()
+
+
+def autoencoder_loss(model: nn.Module, images: Tensor, labels: Tensor, generator=None) -> Tensor:
+    """The loss of an `AutoencoderObjective` for a batch."""
+    return model(images, labels, generator)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the positions of a feature map. Starts as the identity."""
+
+    def __init__(self, channels: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, c // self.heads)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
+        mixed = self.out(mixed.transpose(1, 2).reshape(b, h * w, c))
+        return x + mixed.transpose(1, 2).reshape(b, c, h, w)
+
+
+class ConditionedBlock(nn.Module):
+    """Residual block with scale-shift conditioning (Dhariwal & Nichol 2021, AdaGN). Its branch starts as nothing."""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(8, out_channels, affine=False)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + h
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of t (B,) in 0..1000 at `dim` / 2 frequencies from 1 down to 1/10000: (B, dim)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class LatentUNet(nn.Module):
+    """Velocity of 7x7 latents given time and class: a UNet of two levels, 7x7 and 4x4, with self-attention at 4x4."""
+
+    def __init__(self, latent_channels: int, width: int):
+        super().__init__()
+        embedding_dim = 4 * width
+        self.time_dim = 2 * width
+        self.time = nn.Sequential(
+            nn.Linear(self.time_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
+        )
+        self.classes = nn.Linear(len(CLASS_NAMES) + 1, embedding_dim, bias=False)  # the last one is the null class
+        self.stem = nn.Conv2d(latent_channels, width, 3, padding=1)
+        self.down_block = ConditionedBlock(width, width, embedding_dim)
+        self.downsample = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.middle_block1 = ConditionedBlock(2 * width, 2 * width, embedding_dim)
+        self.attention = SelfAttention(2 * width)
+        self.middle_block2 = ConditionedBlock(2 * width, 2 * width, embedding_dim)
+        self.middle_block3 = ConditionedBlock(4 * width, 2 * width, embedding_dim)
+        self.upsample = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.up_block = ConditionedBlock(2 * width, width, embedding_dim)
+        self.head = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), zero_init(nn.Conv2d(width, latent_channels, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
+        """Noisy latents (B, C, 7, 7), t (B,) in 0..1000 and class weights (B, 11) to the velocity (B, C, 7, 7)."""
+        embedding = F.silu(self.time(timestep_embedding(t, self.time_dim)) + self.classes(classes))
+        skip7 = self.down_block(self.stem(x), embedding)  # (B, W, 7, 7)
+        skip4 = self.attention(self.middle_block1(self.downsample(skip7), embedding))  # (B, 2W, 4, 4)
+        h = self.middle_block2(skip4, embedding)
+        h = self.middle_block3(torch.cat([h, skip4], dim=1), embedding)
+        h = self.upsample(F.interpolate(h, size=x.shape[2:], mode="nearest"))  # (B, W, 7, 7)
+        h = self.up_block(torch.cat([h, skip7], dim=1), embedding)
+        return self.head(h).float()
+
+
+# =====================================================================================================================
+# Diffusion
+# =====================================================================================================================
+
+
+def class_weights(labels: Tensor) -> Tensor:
+    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11)."""
+    return F.one_hot(labels, NULL_CLASS + 1).float()
+
+
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The forward process of rectified flow: x_t = (1 - t/1000) x_0 + t/1000 noise (Liu et al. 2022, Eq. 1).
+
+    t is (B,), in 0..1000: 0 is data and 1000 is noise.
+    """
+    s = (t / 1000).view(-1, *[1] * (x0.dim() - 1))
+    return (1 - s) * x0 + s * noise
+
+
+def logit_normal_times(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """`count` times in 0..1000, 1000 sigmoid(u) with u standard normal (Esser et al. 2024, Eq. 19 with m=0, s=1)."""
+    return 1000 * torch.sigmoid(torch.randn(count, generator=generator, device=device))
+
+
+def rectified_flow_loss(
+    denoiser: nn.Module, x0: Tensor, labels: Tensor, generator: torch.Generator | None = None, *, class_dropout: float
+) -> Tensor:
+    """Mean squared error of the velocity noise - x_0 (Liu et al. 2022, Eq. 1) for latents x0 (B, C, H, W)."""
+    t = logit_normal_times(len(x0), x0.device, generator)
+    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+    dropped = torch.rand(len(x0), generator=generator, device=x0.device) < class_dropout
+    classes = class_weights(torch.where(dropped, NULL_CLASS, labels))
+    return F.mse_loss(denoiser(interpolate(x0, noise, t), t, classes), noise - x0)
+
+
+def guided_velocity(denoiser: nn.Module, classes: Tensor, guidance_scale: float) -> Callable[[Tensor, float], Tensor]:
+    """Returns v(x, t) = u + w (c - u) with the class weights `classes` (B, 11) (Ho & Salimans 2022, Eq. 6, w counted
+    so that 1 is the conditional model and 0 the unconditional one)."""
+    null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        times = torch.full((len(x),), t, device=x.device)
+        if guidance_scale in (0, 1):
+            return denoiser(x, times, classes if guidance_scale == 1 else null)
+        both = denoiser(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([classes, null]))
+        conditional, unconditional = both.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    return velocity
+
+
+def integrate(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, steps: int, sampler: str) -> list[Tensor]:
+    """Solves dx/d(t/1000) = v(x, t) from t=1000, where x is `noise`, to t=0 in `steps` equal steps.
+
+    Returns the steps + 1 states, the noise first. "euler" is of first order, "heun" (the explicit trapezoidal rule) of
+    second, with two evaluations a step.
+    """
+    states = [noise]
+    for step in range(steps):
+        x, t, t_next = states[-1], 1000 * (1 - step / steps), 1000 * (1 - (step + 1) / steps)
+        h = (t_next - t) / 1000
+        v = velocity(x, t)
+        if sampler == "heun":
+            v = (v + velocity(x + h * v, t_next)) / 2
+        states.append(x + h * v)
+    return states
+
+
+@torch.inference_mode()
+def sample_latents(denoiser: nn.Module, classes: Tensor, noise: Tensor, config: Config, steps: int = 0) -> list[Tensor]:
+    """The states from `noise` (B, C, 7, 7) at t=1000 to latents at t=0, for class weights `classes` (B, 11)."""
+    with autocast(noise.device):
+        velocity = guided_velocity(denoiser, classes, config.guidance_scale)
+        return integrate(velocity, noise, steps or config.sampling_steps, config.sampler)
+
+
+@torch.inference_mode()
+def decode_images(autoencoder: Autoencoder, latents: Tensor, chunk: int = 500) -> Tensor:
+    """Standardised latents (N, C, 7, 7) to uint8 images (N, 1, 28, 28)."""
+    with autocast(latents.device):
+        return torch.cat([to_uint8(autoencoder.decode(part)) for part in latents.split(chunk)])
+
+
+@torch.no_grad()
+def encode_images(autoencoder: Autoencoder, images: Tensor, chunk: int = 500) -> Tensor:
+    """uint8 images (N, 1, 28, 28) to standardised latents (N, C, 7, 7)."""
+    with autocast(images.device):
+        return torch.cat([autoencoder.encode(to_float(part)) for part in images.split(chunk)])
+
+
+class TrainedModels(NamedTuple):
+    """The averaged models in evaluation mode, ready to sample from, and the configuration that says how."""
+
+    autoencoder: Autoencoder
+    denoiser: LatentUNet
+    config: Config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+
+def seeded_noise(count: int, config: Config, device: torch.device) -> Tensor:
+    """Standard normal latents (count, C, 7, 7) from `config.sampling_seed`: the same on every device."""
+    generator = torch.Generator().manual_seed(derived_seed("sampling", config.sampling_seed))
+    return torch.randn((count, config.latent_channels, 7, 7), generator=generator).to(device)
+
+
+def generate_samples(models: TrainedModels, labels: Tensor, chunk: int = 500) -> Tensor:
+    """Generates one image a label.
+
+    Args:
+        models: from `load_trained`; their configuration's guidance, steps, sampler and sampling seed say how.
+        labels: (N,) int64 on the models' device, 0 to 9, or NULL_CLASS for an unconditional sample.
+        chunk: images at a time; the result does not depend on it but for rounding.
+
+    Returns: uint8 (N, 1, 28, 28).
+    """
+    noise = seeded_noise(len(labels), models.config, labels.device)
+    images = []
+    for part, classes in zip(noise.split(chunk), class_weights(labels).split(chunk)):
+        latents = sample_latents(models.denoiser, classes, part, models.config)[-1]
+        images.append(decode_images(models.autoencoder, latents))
+    return torch.cat(images)
+
+
+# =====================================================================================================================
+# Checkpoints
+# =====================================================================================================================
+
+CHECKPOINT_FORMAT = 1
+
+
+class Stage:
+    """One stage of training: the model, its moving average, its optimizer, and where it stands.
+
+    Args:
+        loss_fn: `loss_fn(model, *batch, generator=None)` returns the loss of a batch.
+        images: size of the training set; what does not fill a batch waits for another epoch's order.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, loss_fn: Callable[..., Tensor], images: int, batch_size: int, epochs: int,
+        learning_rate: float, config: Config,
+    ):  # fmt: skip
+        self.name, self.model, self.loss_fn = name, model, loss_fn
+        self.batch_size = min(batch_size, images)
+        self.steps_per_epoch = images // self.batch_size
+        self.total_steps = epochs * self.steps_per_epoch
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).eval()
+        fused = next(model.parameters()).device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=fused)
+        self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, self.total_steps))
+        self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0  # the last two are of the epoch under way
+        if config.compile:
+            self.model.compile()
+
+    @property
+    def epoch(self) -> int:
+        """Number of complete epochs."""
+        return self.step // self.steps_per_epoch
+
+    def state(self) -> dict:
+        """All that the stage needs to go on with the same bits."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "scheduler")}
+        return parts | {"step": self.step, "loss_sum": self.loss_sum, "seconds": self.seconds}
+
+    def restore(self, state: dict) -> None:
+        """The inverse of `state`."""
+        for name in ("model", "ema", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.loss_sum, self.seconds = state["step"], state["loss_sum"], state["seconds"]
+        for group in self.optimizer.param_groups:  # more epochs than planned before have changed the plan
+            group["lr"] = group["initial_lr"] * learning_rate_factor(self.step, self.total_steps)
+
+
+class Run:
+    """A run's stages and history, and the folder that they are saved in."""
+
+    def __init__(self, config: Config, output: Path, stages: list[Stage], checkpoint: dict | None):
+        self.config, self.output, self.stages = config, output, stages
+        self.history = checkpoint["history"] if checkpoint else []
+        for stage in stages if checkpoint else []:
+            stage.restore(checkpoint["stages"][stage.name])
+        self.write_metrics()
+
+    def save(self) -> None:
+        """Writes a checkpoint, and metrics.csv."""
+        config = {name: getattr(self.config, name) for name in stored_fields(type(self.config), "match", "keep")}
+        content = {"format": CHECKPOINT_FORMAT, "version": VERSION, "torch": str(torch.__version__), "config": config}
+        content |= {"stages": {stage.name: stage.state() for stage in self.stages}, "history": self.history}
+        save_checkpoint(content, self.output / "checkpoints")
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """Writes the history as metrics.csv, a row an epoch."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.history[0] if self.history else ["stage"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_atomically(self.output / "metrics.csv", text.getvalue().encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that is never seen half written. A failure (OSError) leaves what was there."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(content: dict, folder: Path) -> None:
+    """Makes `content` last.pt, and what was last.pt previous.pt. At every moment one of the two is whole."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "new.pt", buffer.getvalue())
+    if (folder / "last.pt").exists():
+        os.replace(folder / "last.pt", folder / "previous.pt")
+    os.replace(folder / "new.pt", folder / "last.pt")
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Reads one file to the CPU, executing nothing. Raises ValueError if anything at all is wrong with it."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load skips the CRCs
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"format", "version", "config"} <= set(content):
+            raise ValueError("it is no checkpoint")
+        return content
+    except Exception as error:  # arbitrary bytes provoke arbitrary errors
+        raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
+
+
+def find_checkpoint(folder: Path, config_class: type) -> dict | None:
+    """The newest readable checkpoint, or None where there has been none.
+
+    Files that cannot be read are named and set aside, so that no later save puts one in a good one's place.
+    Raises ExperimentError if none can be read, or if it is of another version or format.
+    """
+    content, paths = None, [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+    for path in paths:
+        try:
+            content = read_checkpoint(path)
+            break
+        except ValueError as error:
+            print(f"warning: cannot read {path} ({error})")
+    if content is None:
+        if paths:
+            raise ExperimentError(f"no checkpoint in {folder} can be read: start over with --fresh")
+        return None
+    if content["version"] != VERSION:
+        raise ExperimentError(f"{path} belongs to {content['version']}, not to {VERSION}: choose another --output-dir")
+    if content["format"] != CHECKPOINT_FORMAT or set(content["config"]) != {
+        *stored_fields(config_class, "match", "keep")
+    }:
+        raise ExperimentError(f"{path} is of another release: choose another --output-dir, or start over with --fresh")
+    if path.name == "previous.pt":
+        print(f"warning: {folder / 'last.pt'} is missing or damaged, going on from {path}")
+    for damaged in paths[: paths.index(path)]:
+        os.replace(damaged, damaged.with_suffix(".damaged"))
+    return content
+
+
+@contextlib.contextmanager
+def locked_output(folder: Path) -> Iterator[None]:
+    """Creates the output folder and keeps other runs out of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ExperimentError(f"cannot write to the output folder {folder}: {error.strerror}") from None
+    with lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ExperimentError(f"another run is using {folder}: choose another --output-dir") from None
+        yield
+
+
+def move_aside(folder: Path) -> None:
+    """Moves an old run, all but the lock and older runs, to old_runs/<time>/."""
+    entries = [entry for entry in folder.iterdir() if entry.name not in (".lock", "old_runs", "quick")]
+    if entries:
+        attic = folder / "old_runs" / time.strftime("%Y%m%d-%H%M%S")
+        attic.mkdir(parents=True)
+        for entry in entries:
+            shutil.move(entry, attic)
+        print(f"the old run is in {attic}")
+
+
+# =====================================================================================================================
+# Training
+# =====================================================================================================================
+
+
+def learning_rate_factor(step: int, total_steps: int) -> float:
+    """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps.
+
+    A finished run that is given more epochs follows the longer plan, so goes back to the constant part.
+    """
+    return max(0.0, min(1.0, (step + 1) / 100, (total_steps - step) / (0.4 * total_steps + 1)))
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Here the first SIGINT or SIGTERM only joins the list; a second one acts at once."""
+    noted = []
+
+    def note(signum, frame):
+        noted.append(signum)
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train_step(stage: Stage, batch: list[Tensor]) -> Tensor:
+    """One step of the optimizer and of the averaged weights. Returns the loss, detached."""
+    with autocast(batch[0].device):
+        loss = stage.loss_fn(stage.model, *batch)
+    stage.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
+    stage.optimizer.step()
+    stage.scheduler.step()
+    stage.ema.update_parameters(stage.model)
+    return loss.detach()
+
+
+@torch.inference_mode()
+def validation_loss(stage: Stage, arrays: list[Tensor]) -> float:
+    """The averaged weights' mean loss over `arrays`, with the same noise and times at every call."""
+    device, total = arrays[0].device, 0.0
+    generator = torch.Generator(device).manual_seed(0)
+    with autocast(device):
+        for batch in zip(*(array.split(500) for array in arrays)):
+            total += stage.loss_fn(stage.ema.module, *batch, generator=generator).item() * len(batch[0])
+    return total / len(arrays[0])
+
+
+def train(
+    run: Run, stage: Stage, arrays: list[Tensor], held_out: list[Tensor], after_epoch: Callable[[], None]
+) -> None:
+    """Trains `stage` from the step it is at to its last, on rows of `arrays`, validated on `held_out`.
+
+    What is random depends on the seed, the stage and the step alone, so that a resumed run goes on with the same bits.
+    Saves after each epoch, every few minutes, and on a signal. `after_epoch` is called when an epoch is saved.
+    Raises ExperimentError after a signal, or if the loss is not finite.
+    """
+    device, seed, size = arrays[0].device, run.config.seed, stage.batch_size
+    saved_at, previous, order = time.monotonic(), None, None
+    images, done = stage.total_steps * size, stage.step * size
+    bar = tqdm(desc=stage.name, total=images, initial=done, unit=" images", unit_scale=True, disable=None)
+    with noted_signals() as signals, bar:
+        while stage.step < stage.total_steps:
+            started = time.perf_counter()
+            epoch, position = divmod(stage.step, stage.steps_per_epoch)
+            if position == 0 or order is None:
+                shuffle = torch.Generator().manual_seed(derived_seed(seed, stage.name, "order", epoch))
+                order = torch.randperm(len(arrays[0]), generator=shuffle).to(device)
+                stage.model.train()
+            rows = order[position * size : (position + 1) * size]
+            torch.manual_seed(derived_seed(seed, stage.name, "step", stage.step))
+            loss = train_step(stage, [array[rows] for array in arrays])
+            stage.step += 1
+            epoch_ends = stage.step % stage.steps_per_epoch == 0
+            saving = epoch_ends or signals or time.monotonic() - saved_at > 60 * run.config.checkpoint_minutes
+            for value in [previous, loss] if saving else [previous]:  # read a step late, so that no device waits
+                add_loss(run, stage, value, bar)
+            previous = None if saving else loss
+            stage.seconds += time.perf_counter() - started
+            bar.update(size)
+            if epoch_ends:
+                close_epoch(run, stage, validation_loss(stage, held_out), verbose=bar.disable)
+            if saving:
+                run.save()
+                saved_at = time.monotonic()
+            if signals:
+                name = signal.Signals(signals[0]).name
+                where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
+                raise ExperimentError(f"{name} at {where}: saved; run again to resume", 128 + signals[0])
+            if epoch_ends:
+                after_epoch()
+
+
+def add_loss(run: Run, stage: Stage, loss: Tensor | None, bar: tqdm) -> None:
+    """Adds a step's loss to the sum of the epoch. Raises ExperimentError if it is not finite."""
+    if loss is None:
+        return
+    value = loss.item()
+    if not math.isfinite(value):
+        last = run.output / "checkpoints" / "last.pt"
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        raise ExperimentError(f"the loss is {value} in {stage.name}, before step {stage.step}; {kept}", 1)
+    stage.loss_sum += value
+    bar.set_postfix(loss=f"{value:.4f}", lr=f"{stage.scheduler.get_last_lr()[0]:.1e}", refresh=False)
+
+
+def close_epoch(run: Run, stage: Stage, validation: float, verbose: bool) -> None:
+    """Adds a row to the history, and starts the sums of the next epoch."""
+    rate = stage.steps_per_epoch * stage.batch_size / stage.seconds
+    row = {"stage": stage.name, "epoch": stage.epoch, "step": stage.step}
+    row |= {"train_loss": stage.loss_sum / stage.steps_per_epoch, "validation_loss": validation}
+    row |= {"learning_rate": stage.scheduler.get_last_lr()[0], "seconds": stage.seconds, "images_per_second": rate}
+    run.history.append(row)
+    stage.loss_sum = stage.seconds = 0.0
+    if verbose:
+        minutes = (stage.total_steps - stage.step) * stage.batch_size / rate / 60
+        print(
+            f"{stage.name}: epoch {stage.epoch} of {stage.total_steps // stage.steps_per_epoch}, "
+            f"loss {row['train_loss']:.4f}, validation {validation:.4f}, {rate:.0f} images/s, {minutes:.1f} min left"
+        )
+
+
+def announce_plan(run: Run, batches: list[list[Tensor]]) -> None:
+    """Prints where each stage stands and about how long the rest takes, from a trial step on a batch for each stage."""
+    minutes = 0.0
+    for stage, batch in zip(run.stages, batches):
+        size = sum(parameter.numel() for parameter in stage.model.parameters())
+        print(f"{stage.name}: {size / 1e6:.2f} M parameters, step {stage.step} of {stage.total_steps}")
+        model, left = copy.deepcopy(stage.model), max(0, stage.total_steps - stage.step)
+        for _ in range(2 if left else 0):  # the first one warms up
+            started = time.perf_counter()
+            with autocast(batch[0].device):
+                stage.loss_fn(model, *batch).backward()
+            seconds = time.perf_counter() - started
+        minutes += left * seconds / 60 if left else 0
+    print(f"to do: {f'training, about {minutes:.1f} minutes, then ' if minutes else ''}the figures")
+
+
+# =====================================================================================================================
+# Figures
+# =====================================================================================================================
+
+CLASS_COLOURS = matplotlib.colormaps["tab10"].colors
+PATH_STEPS = 20  # solver steps of the trajectories that are drawn: t = 1000, 950, ..., 0
+
+
+def file_name(label: int) -> str:
+    """A class's name as part of a file name."""
+    return class_title(label).replace("/", "-").replace(" ", "-")
+
+
+def class_title(label: int) -> str:
+    """A class's name in a figure."""
+    return "no class" if label == NULL_CLASS else CLASS_NAMES[label]
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Saves a figure as PNG, in a folder that need not exist yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.1)
+
+
+def draw_grid(axes, images: Tensor, rows: list[str], columns: list[str]) -> None:
+    """Draws images (R, C, 1, 28, 28) uint8 as a grid, with names of rows (left) and columns (above)."""
+    grid = make_grid(images.flatten(0, 1), nrow=images.shape[1], padding=2, pad_value=96)[0]
+    axes.imshow(grid.cpu().numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_yticks([16 + 30 * row for row in range(len(rows))], rows)
+    axes.set_xticks([16 + 30 * column for column in range(len(columns))], columns)
+    axes.tick_params(length=0, labelsize=9, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+
+
+def save_grid(path: Path, images: Tensor, rows: list[str], columns: list[str], title: str) -> None:
+    """Saves a grid as `draw_grid` draws it, with a title."""
+    figure = Figure(figsize=(0.62 * images.shape[1], 0.62 * images.shape[0]))
+    axes = figure.add_axes((0, 0, 1, 1))
+    draw_grid(axes, images, rows, columns)
+    axes.set_title(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def save_loss_curves(history: list[dict], path: Path) -> None:
+    """Training and validation loss of each stage by epoch."""
+    stages = list(dict.fromkeys(row["stage"] for row in history))
+    figure = Figure(figsize=(5 * len(stages), 3.2), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
+        rows = [row for row in history if row["stage"] == stage]
+        for key, name in (("train_loss", "training"), ("validation_loss", "validation, averaged weights")):
+            axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-", markersize=3, label=name)
+        axes.set(title=stage, xlabel="epoch", ylabel="loss")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    save_figure(figure, path)
+
+
+def save_animation(noised: Tensor, trajectory: Tensor, title: str, path: Path) -> None:
+    """A looping GIF from the clean image out to noise by the forward process, and back as the model went.
+
+    Args:
+        noised: uint8 (S + 1, 1, 28, 28), the forward process at t = 0 ... 1000.
+        trajectory: uint8 (S + 1, 1, 28, 28), the model's states at t = 1000 ... 0, same noise to same image.
+    """
+    steps, font = len(noised) - 1, ImageFont.load_default(size=17)
+    frames = []
+    for index, picture in enumerate(torch.cat([noised, trajectory[1:-1]]).cpu().numpy()):
+        frame = Image.new("L", (224, 254), 255)
+        frame.paste(Image.fromarray(picture[0]).resize((224, 224), Image.Resampling.NEAREST), (0, 30))
+        draw, t = ImageDraw.Draw(frame), 1000 * (1 - abs(steps - index) / steps)
+        draw.text((6, 4), title, font=font, fill=0)
+        draw.text((218, 4), f"t = {t:.0f}", font=font, fill=0, anchor="ra")
+        frames.append(frame)
+    milliseconds = [1200 if index == 0 else 500 if index == steps else 80 for index in range(len(frames))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+
+
+def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int | None = None) -> None:
+    """Draws points (N, 2) coloured by class with a legend; `strong` (None: all) in full colour, the others pale."""
+    for label, name in enumerate(CLASS_NAMES):
+        alpha, size = (0.7, 9) if strong in (None, label) else (0.2, 5)
+        colour = CLASS_COLOURS[label]
+        axes.scatter(*points[labels == label].T, s=size, alpha=alpha, color=colour, linewidths=0, label=name)
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, markerscale=2.5, frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+
+
+def place_labels(axes, points: np.ndarray, texts: dict[int, str]) -> None:
+    """Writes texts near the points (N, 2) of their index, each where it is farthest from points and earlier texts."""
+    pixels = axes.transData.transform(points)
+    taken, to_data = list(pixels), axes.transData.inverted().transform
+    for index, text in texts.items():
+        angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+        around = np.concatenate(
+            [pixels[index] + r * np.stack([1.5 * np.cos(angles), np.sin(angles)], 1) for r in (24, 44)]
+        )
+        spot = max(around, key=lambda place: min(np.hypot(*((place - other) / (1.8, 1))) for other in taken))
+        taken.append(spot)
+        axes.annotate(
+            text, to_data(pixels[index]), to_data(spot), fontsize=9, ha="center", va="center", zorder=6,
+            bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.3"},
+        )  # fmt: skip
+
+
+def path_figure(
+    images: Tensor, path: np.ndarray, scatter: np.ndarray, labels: np.ndarray, title: str, strong: int | None
+) -> Figure:
+    """Trajectories from noise to image, and the first of them as a path among the validation images.
+
+    Args:
+        images: uint8 (R, C, 1, 28, 28), a trajectory a row, t from 1000 to 0.
+        path: (S + 1, 2), the first trajectory's states in the plane of the scatter.
+        scatter, labels: (N, 2) and (N,), the validation images in that plane, and their classes.
+    """
+    figure = Figure(figsize=(9, 9.2))
+    top, bottom = figure.add_axes((0.02, 0.65, 0.96, 0.3)), figure.add_axes((0.06, 0.05, 0.74, 0.54))
+    columns = np.linspace(1000, 0, images.shape[1])
+    draw_grid(top, images, [f"sample {row + 1}" for row in range(len(images))], [f"t={t:.0f}" for t in columns])
+    top.set_title(title, fontsize=12)
+    scatter_classes(bottom, scatter, labels, strong)
+    bottom.plot(*path.T, color="black", lw=1.5, zorder=4)
+    for start, end in zip(path[::2], path[1::2]):
+        bottom.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1}, zorder=4)
+    bottom.plot(*path[0], "s", color="white", markeredgecolor="black", markersize=9, zorder=5, label="noise")
+    bottom.plot(*path[-1], "*", color="gold", markeredgecolor="black", markersize=17, zorder=5, label="image")
+    bottom.set(xlabel="first principal component", ylabel="second principal component")
+    bottom.set_title("sample 1 on its way from noise (square) to image (star) among validation images", fontsize=10)
+    times, every = np.linspace(1000, 0, len(path)), max(1, len(path) // 5)
+    place_labels(bottom, path, {step: f"t={times[step]:.0f}" for step in range(0, len(path), every)})
+    return figure
+
+
+def save_samples(models: TrainedModels, path: Path, epoch: int) -> None:
+    """Ten samples a class, and ten without class."""
+    labels = torch.arange(NULL_CLASS + 1, device=models.device).repeat_interleave(10)
+    images = generate_samples(models, labels).unflatten(0, (-1, 10))
+    title = f"Samples after {epoch} epochs, guidance {models.config.guidance_scale:g}"
+    save_grid(path, images, [class_title(label) for label in range(NULL_CLASS + 1)], [], title)
+
+
+def save_reconstructions(autoencoder: Autoencoder, images: Tensor, labels: Tensor, path: Path) -> None:
+    """Two images of each class, what the autoencoder makes of them, and the error."""
+    chosen = torch.stack([torch.nonzero(labels == label)[:2, 0] for label in range(len(CLASS_NAMES))], dim=1)
+    real = images[chosen.flatten()]
+    made = decode_images(autoencoder, encode_images(autoencoder, real))
+    error = (2 * (real.int() - made.int()).abs()).clamp(max=255).to(torch.uint8)
+    grid = torch.stack([part.unflatten(0, (2, -1)) for part in (real, made, error)], dim=1).flatten(0, 1)
+    title = f"Reconstructions of validation images: mean absolute error {error.float().mean() / 510:.3f}"
+    names = [name.replace(" ", "\n").replace("/", "/\n") for name in CLASS_NAMES]
+    save_grid(path, grid, ["image", "reconstruction", "error x 2"] * 2, names, title)
+
+
+def save_trajectories(models: TrainedModels, latents: Tensor, labels: Tensor, output: Path, epoch: int) -> None:
+    """Each class's animation and denoising path, all from one batch of four trajectories a class."""
+    rows, wanted = 4, torch.arange(len(CLASS_NAMES), device=models.device).repeat_interleave(4)
+    noise = seeded_noise(len(wanted), models.config, models.device)
+    states = torch.stack(sample_latents(models.denoiser, class_weights(wanted), noise, models.config, PATH_STEPS))
+    images = decode_images(models.autoencoder, states.flatten(0, 1)).unflatten(0, states.shape[:2])
+    times = torch.linspace(0, 1000, PATH_STEPS + 1, device=models.device)
+    pca = PCA(n_components=2, random_state=0)
+    scatter = pca.fit_transform(latents.flatten(1).cpu().numpy())
+    for label in range(len(CLASS_NAMES)):
+        first, name = rows * label, f"{file_name(label)}_epoch_{epoch}"
+        noised = interpolate(states[-1, first].expand(len(times), -1, -1, -1), noise[first], times)
+        gif = output / "diffusion_animation" / f"diffusion_animation_class_{name}.gif"
+        save_animation(decode_images(models.autoencoder, noised), images[:, first], class_title(label), gif)
+        path = pca.transform(states[:, first].flatten(1).cpu().numpy())
+        shown = images[::2, first : first + rows].transpose(0, 1)
+        figure = path_figure(
+            shown, path, scatter, labels.cpu().numpy(), f"{class_title(label)}, from noise to image", label
+        )
+        save_figure(figure, output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png")
+
+
+def save_latent_space(latents: Tensor, labels: Tensor, path: Path) -> None:
+    """t-SNE of 1,500 validation latents (N, C, 7, 7) with labels (N,)."""
+    points = latents[:1500].flatten(1).cpu().numpy()
+    figure = Figure(figsize=(7, 5.5))
+    axes = figure.add_axes((0, 0, 0.8, 1))
+    plane = TSNE(perplexity=min(30, len(points) // 4), random_state=0).fit_transform(points)
+    scatter_classes(axes, plane, labels[:1500].cpu().numpy())
+    axes.set(title=f"t-SNE of the latents of {len(points)} validation images", xticks=[], yticks=[])
+    save_figure(figure, path)
+
+
+def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Spherical interpolation from a to b, both (C, H, W), at weight (K,) in 0..1: (K, C, H, W) (Shoemake 1985)."""
+    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    weight = weight.view(-1, 1, 1, 1)
+    return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
+
+
+def save_interpolations(models: TrainedModels, folder: Path, epoch: int) -> None:
+    """Between two noises for each class, and between two classes for the same noise."""
+    weight, count = torch.linspace(0, 1, 9, device=models.device), len(CLASS_NAMES)
+    noise = seeded_noise(2 * count, models.config, models.device)
+    eye = class_weights(torch.arange(count, device=models.device))
+    pairs = [(0, 3), (3, 1), (2, 4), (4, 6), (6, 0), (5, 7), (7, 9), (9, 8)]
+    mixed = torch.cat([torch.lerp(eye[a], eye[b], weight[:, None]) for a, b in pairs])
+    arcs = torch.cat([slerp(a, b, weight) for a, b in zip(noise[::2], noise[1::2])])
+    for name, start, classes, rows, title in (
+        ("noises", arcs, eye.repeat_interleave(9, dim=0), list(CLASS_NAMES), "From one noise to another (spherical)"),
+        ("classes", noise[: len(pairs)].repeat_interleave(9, dim=0), mixed,
+         [f"{CLASS_NAMES[a]} to {CLASS_NAMES[b]}" for a, b in pairs], "From one class to another (same noise)"),
+    ):  # fmt: skip
+        latents = sample_latents(models.denoiser, classes, start, models.config)[-1]
+        grid = decode_images(models.autoencoder, latents).unflatten(0, (-1, 9))
+        save_grid(folder / f"{name}_epoch_{epoch}.png", grid, rows, [f"{w:.0%}" for w in weight.tolist()], title)
+
+
+def save_guidance(models: TrainedModels, path: Path) -> None:
+    """The same noise of each class at rising guidance."""
+    labels, scales = torch.arange(len(CLASS_NAMES), device=models.device), (0, 1, 1.5, 2, 3, 5, 8)
+    configs = [dataclasses.replace(models.config, guidance_scale=float(scale)) for scale in scales]
+    grid = torch.stack([generate_samples(models._replace(config=config), labels) for config in configs], dim=1)
+    save_grid(path, grid, list(CLASS_NAMES), [f"w={scale}" for scale in scales], "The same noise at rising guidance w")
+
+
+def save_nearest_neighbours(models: TrainedModels, images: Tensor, path: Path) -> None:
+    """A sample of each class beside the training images nearest to it in pixels: is the model copying?"""
+    samples = generate_samples(models, torch.arange(len(CLASS_NAMES), device=models.device))
+    a = samples.flatten(1).float()
+    distances = torch.cat([torch.cdist(a, part.flatten(1).float()) for part in images.split(5000)], dim=1)
+    nearest = images[distances.topk(5, largest=False).indices]  # (10, 5, 1, 28, 28)
+    columns = ["sample", *(f"nearest {rank}" if rank == 1 else str(rank) for rank in range(1, 6))]
+    title = "Samples and the training images nearest to them"
+    save_grid(path, torch.cat([samples[:, None], nearest], dim=1), list(CLASS_NAMES), columns, title)
+
+
+def save_all_figures(models: TrainedModels, data: Data, history: list[dict], output: Path, epoch: int) -> None:
+    """Every figure that a trained model has."""
+    started = time.perf_counter()
+    images, labels = data.validation_images, data.validation_labels
+    latents = encode_images(models.autoencoder, images)
+    save_loss_curves(history, output / "loss_curves.png")
+    save_reconstructions(models.autoencoder, images, labels, output / "reconstruction" / "reconstruction.png")
+    save_latent_space(latents, labels, output / "latent_space" / "latent_space.png")
+    save_samples(models, output / "samples" / f"samples_epoch_{epoch}.png", epoch)
+    save_trajectories(models, latents, labels, output, epoch)
+    save_interpolations(models, output / "interpolation", epoch)
+    save_guidance(models, output / "guidance" / f"guidance_epoch_{epoch}.png")
+    neighbours = output / "nearest_neighbours" / f"nearest_neighbours_epoch_{epoch}.png"
+    save_nearest_neighbours(models, data.train_images, neighbours)
+    print(f"figures of epoch {epoch} written in {time.perf_counter() - started:.0f} s")
+
+
+def save_class_samples(models: TrainedModels, label: int | None, count: int, output: Path) -> None:
+    """A PNG of `count` samples of class `label` (None: of all classes in turn), eight a row."""
+    labels = torch.arange(count, device=models.device) % len(CLASS_NAMES)
+    labels = labels if label is None else torch.full_like(labels, label)
+    columns = min(8, count)
+    blanks = torch.full((-count % columns, 1, 28, 28), 96, dtype=torch.uint8, device=models.device)
+    grid = torch.cat([generate_samples(models, labels), blanks]).unflatten(0, (-1, columns))
+    path = output / "samples" / f"samples_{'all-classes' if label is None else file_name(label)}.png"
+    save_grid(
+        path,
+        grid,
+        [],
+        [],
+        f"{'All classes' if label is None else class_title(label)}, seed {models.config.sampling_seed}",
+    )
+    print(f"samples: {path}")
+
+
+def export_samples(models: TrainedModels, count: int, output: Path) -> None:
+    """Writes `count` samples as npz: arr_0 uint8 (N, 28, 28, 1), arr_1 int64 (N,), the labels i mod 10."""
+    started, seed, content = time.perf_counter(), models.config.sampling_seed, io.BytesIO()
+    labels = torch.arange(count, device=models.device) % len(CLASS_NAMES)
+    images = generate_samples(models, labels).permute(0, 2, 3, 1)
+    np.savez_compressed(content, images.cpu().numpy(), labels.cpu().numpy())
+    path = output / (f"samples_seed_{seed}.npz" if seed else "samples.npz")
+    write_atomically(path, content.getvalue())
+    print(f"{path}: {count} samples in {time.perf_counter() - started:.1f} s")
+
+
+# =====================================================================================================================
+# main
+# =====================================================================================================================
+
+
+def class_label(text: str) -> int:
+    """The label of a class given by name ("T-shirt/top", "ankle-boot", "no class"), whatever its case and punctuation."""
+    names = {re.sub("[^a-z]", "", class_title(label).lower()): label for label in range(NULL_CLASS + 1)}
+    label = names.get(re.sub("[^a-z]", "", text.lower()))
+    if label is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(CLASS_NAMES)}, no class")
+    return label
+
+
+def parse_command_line(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
+    """Returns the fields of `Config` that were given, and what is asked for once."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = CommandLine(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser.add_argument("--fresh", action="store_true", help="start over; the old run moves to OUTPUT_DIR/old_runs")
+    parser.add_argument(
+        "--sample-only", action="store_true", help="no training: all figures, or only the samples asked for"
+    )
+    parser.add_argument("--quick", action="store_true", help="the whole pipeline, tiny, into output/quick")
+    parser.add_argument(
+        "--export-samples",
+        type=bounded(int, 1, 10**6),
+        metavar="N",
+        help="write N samples to samples.npz (int, 1 to 1e6)",
+    )
+    parser.add_argument(
+        "--class", dest="label", type=class_label, metavar="NAME", help="with --sample-only: a PNG of this class (str)"
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=bounded(int, 1, 10_000),
+        metavar="N",
+        help="with --sample-only: a PNG of N samples (int, 1 to 10000; default: 16)",
+    )
+    parser.add_config(Config)
+    request = parser.parse_args(argv)
+    if not request.sample_only and (request.label is not None or request.num_samples):
+        parser.error("--class and --num-samples go with --sample-only")
+    given = {
+        field.name: getattr(request, field.name) for field in dataclasses.fields(Config) if hasattr(request, field.name)
+    }
+    return QUICK | given if request.quick else given, request
+
+
+def build_stages(config: Config, images: int, device: torch.device) -> list[Stage]:
+    """Both stages at step 0; the initial weights depend on the seed alone."""
+    torch.manual_seed(derived_seed(config.seed, "initial weights"))
+    autoencoder = Autoencoder(config.latent_channels, config.autoencoder_width)
+    objective = AutoencoderObjective(autoencoder, config.latent_noise, config.perceptual_weight).to(device)
+    denoiser = LatentUNet(config.latent_channels, config.width).to(device)
+    recipe = config.autoencoder_batch_size, config.autoencoder_epochs, config.autoencoder_learning_rate, config
+    loss_fn = partial(rectified_flow_loss, class_dropout=config.class_dropout)
+    return [
+        Stage("autoencoder", objective, autoencoder_loss, images, *recipe),
+        Stage("diffusion", denoiser, loss_fn, images, config.batch_size, config.epochs, config.learning_rate, config),
+    ]
+
+
+def run_training(
+    config: Config, data: Data, output: Path, checkpoint: dict | None, device: torch.device
+) -> TrainedModels:
+    """Trains both stages to their last epochs and draws the figures. Returns the averaged models."""
+    autoencoder, diffusion = build_stages(config, len(data.train_images), device)
+    run = Run(config, output, [autoencoder, diffusion], checkpoint)
+    models = TrainedModels(autoencoder.ema.module.autoencoder, diffusion.ema.module, config)
+    train_labels, held_out_labels = data.train_labels, data.validation_labels
+    trial = slice(config.batch_size)
+    latents = torch.randn(len(train_labels[trial]), config.latent_channels, 7, 7, device=device)
+    announce_plan(run, [[data.train_images[trial], train_labels[trial]], [latents, train_labels[trial]]])
+
+    def after_autoencoder_epoch() -> None:
+        path = output / "reconstruction" / f"reconstruction_epoch_{autoencoder.epoch}.png"
+        save_reconstructions(models.autoencoder, data.validation_images, held_out_labels, path)
+
+    def after_diffusion_epoch() -> None:
+        if diffusion.epoch % config.figures_every == 0 and diffusion.step < diffusion.total_steps:
+            save_all_figures(models, data, run.history, output, diffusion.epoch)
+        else:
+            save_samples(models, output / "samples" / f"samples_epoch_{diffusion.epoch}.png", diffusion.epoch)
+
+    held_out = [data.validation_images, held_out_labels]
+    train(run, autoencoder, [data.train_images, train_labels], held_out, after_autoencoder_epoch)
+    if diffusion.step == 0:
+        models.autoencoder.set_statistics(encode_images(models.autoencoder, data.train_images))
+    latents = encode_images(models.autoencoder, data.train_images)
+    held_out = [encode_images(models.autoencoder, data.validation_images), held_out_labels]
+    train(run, diffusion, [latents, train_labels], held_out, after_diffusion_epoch)
+    save_all_figures(models, data, run.history, output, diffusion.epoch)
+    return models
+
+
+def check_autoencoder_epochs(config: Config, checkpoint: dict | None) -> None:
+    """Raises ExperimentError if stage 1 were to change under a stage 2 that has begun."""
+    begun = checkpoint is not None and checkpoint["stages"]["diffusion"]["step"] > 0
+    if begun and config.autoencoder_epochs != checkpoint["config"]["autoencoder_epochs"]:
+        raise ExperimentError("--autoencoder-epochs cannot change once the second stage has begun: see --fresh")
+
+
+def load_trained(checkpoint: dict, config: Config, device: torch.device) -> TrainedModels:
+    """The averaged models of a checkpoint (see `find_checkpoint`). Raises ExperimentError if stage 2 has not begun."""
+    if checkpoint["stages"]["diffusion"]["step"] == 0:
+        raise ExperimentError("the diffusion model is not trained yet: run without --sample-only to go on")
+    stages = build_stages(config, 1, device)
+    for stage in stages:
+        stage.restore(checkpoint["stages"][stage.name])
+    return TrainedModels(stages[0].ema.module.autoencoder, stages[1].ema.module, config)
+
+
+def main(argv: list[str] | None = None) -> None:
+    given, request = parse_command_line(argv)
+    folder = Path(__file__).resolve().parent / "output"
+    output = Path(given.get("output_dir") or (folder / "quick" if request.quick else folder)).resolve()
+    with locked_output(output):
+        if request.fresh:
+            move_aside(output)
+        checkpoint = find_checkpoint(output / "checkpoints", Config)
+        config = settle_config(Config, given, checkpoint)
+        device = pick_device(config.device)
+        config = with_recipe(config, device)
+        print(
+            f"{VERSION} on {device}, torch {torch.__version__}, {'resumed' if checkpoint else 'fresh'}; output: {output}"
+        )
+        data_dir = Path(config.data_dir or default_data_dir())
+        if request.sample_only:
+            if checkpoint is None:
+                raise ExperimentError(f"there is no checkpoint in {output}: run without --sample-only to train one")
+            models = load_trained(checkpoint, config, device)
+            if request.label is not None or request.num_samples:
+                save_class_samples(models, request.label, request.num_samples or 16, output)
+            elif not request.export_samples:
+                epoch = sum(row["stage"] == "diffusion" for row in checkpoint["history"])
+                data = load_fashion_mnist(data_dir, config.train_images, device)
+                save_all_figures(models, data, checkpoint["history"], output, epoch)
+        else:
+            check_autoencoder_epochs(config, checkpoint)
+            data = load_fashion_mnist(data_dir, config.train_images, device)
+            models = run_training(config, data, output, checkpoint, device)
+        if request.export_samples:
+            export_samples(models, request.export_samples, output)
+
+
+def exit_status(main_function: Callable[[], None]) -> int:
+    """Calls `main_function`; what a user can mend, or has asked for, becomes one line and an exit status."""
+    matplotlib.rcdefaults()
+    matplotlib.use("Agg")
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main_function()
+        return 0
+    except ExperimentError as error:
+        print(f"{'' if error.status > 128 else 'error: '}{error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"error: {error.strerror or error} {error.filename or ''}: the last checkpoint stands", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
