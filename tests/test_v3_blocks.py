@@ -1,0 +1,301 @@
+"""The networks of v3: shapes, gradients, conditioning, attention, and whom the autoencoder's loss may teach."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conftest import draw_shapes
+
+LABELS = torch.arange(20) % 10
+
+
+def perturb(module, size=0.1):
+    """Moves every weight off its initial value, so that what starts at zero takes part. Returns the module."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+class Networks:
+    """The configuration, the objective of stage 1 and the denoiser: small and untrained."""
+
+    def __init__(self, script):
+        # Of 16 channels in 8 groups; a group of one channel would cancel the bias before it, gradient and all.
+        self.config = script.Config(**{**script.QUICK, "autoencoder_width": 16, "width": 16})
+        stages = script.build_stages(self.config, 100, torch.device("cpu"))
+        self.objective, self.denoiser = [stage.model for stage in stages]
+        self.autoencoder = self.objective.autoencoder
+        self.latents = script.seeded_noise(script.NULL_CLASS + 1, self.config, torch.device("cpu"))
+        self.times = torch.linspace(0, 1000, len(self.latents))
+        self.classes = script.class_weights(torch.arange(len(self.latents)))  # each class once, the null class last
+
+
+@pytest.fixture
+def networks(script_v3):
+    """Fresh for each test."""
+    return Networks(script_v3)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """uint8 (20, 1, 28, 28), drawings of LABELS."""
+    return torch.from_numpy(draw_shapes(LABELS.numpy(), np.random.default_rng(0)))[:, None]
+
+
+def submodules(module, kind):
+    """All parts of a module that are of a class; there must be some."""
+    found = [part for part in module.modules() if isinstance(part, kind)]
+    assert found
+    return found
+
+
+def without_gradient(module):
+    """Names of the parameters that no gradient has reached."""
+    return [name for name, p in module.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-8]
+
+
+def gradients(module, loss):
+    """The gradient of a loss for all parameters of a module, in one vector; zero where there is none."""
+    parameters = list(module.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found)])
+
+
+# The denoiser
+
+
+def test_velocity_has_the_shape_of_the_latents_and_starts_at_zero(networks):
+    velocity = networks.denoiser(networks.latents, networks.times, networks.classes)
+    assert velocity.shape == networks.latents.shape
+    assert velocity.dtype == torch.float32
+    assert not velocity.any()
+
+
+def test_gradient_reaches_every_parameter_of_the_denoiser(script_v3, networks):
+    denoiser = perturb(networks.denoiser)
+    denoiser(networks.latents, networks.times, networks.classes).square().mean().backward()
+    assert without_gradient(denoiser) == []
+    for block in submodules(denoiser, script_v3.ConditionedBlock):  # scale and shift alike
+        assert (block.modulation.weight.grad.abs().amax(dim=1) > 1e-8).all()
+    assert (denoiser.classes.weight.grad.abs().amax(dim=0) > 1e-8).all()  # each class, the null class too
+
+
+def test_class_and_time_matter_to_the_denoiser(networks):
+    denoiser, count = perturb(networks.denoiser), len(networks.classes)
+    latents, time = networks.latents[:1].expand(count, -1, -1, -1), torch.tensor([500.0])
+    with torch.no_grad():
+        by_class = denoiser(latents, time.expand(count), networks.classes).flatten(1)
+        by_time = denoiser(latents, networks.times, networks.classes[:1].expand(count, -1)).flatten(1)
+    for velocities in (by_class, by_time):
+        distances = torch.cdist(velocities, velocities) / velocities.norm(dim=1).mean()
+        assert distances[~torch.eye(count, dtype=torch.bool)].min() > 0.01
+
+
+def test_rows_of_a_batch_do_not_mix(networks):
+    denoiser, autoencoder = perturb(networks.denoiser), perturb(networks.autoencoder)
+    latents, times, classes = networks.latents, networks.times, networks.classes
+    with torch.no_grad():
+        images = autoencoder.decode(latents)
+        for model, batch in (
+            (denoiser, (latents, times, classes)),
+            (autoencoder.decode, (latents,)),
+            (autoencoder.encode, (images,)),
+        ):
+            alone = torch.cat([model(*(part[row : row + 1] for part in batch)) for row in range(len(latents))])
+            torch.testing.assert_close(model(*batch), alone, atol=1e-4, rtol=1e-4)
+
+
+# The blocks
+
+
+def test_residual_blocks_of_the_autoencoder_start_as_the_identity(script_v3, networks):
+    for block in submodules(networks.autoencoder, script_v3.ChannelAttentionBlock):
+        x = torch.randn(2, block.conv1.in_channels, 7, 7)
+        assert torch.equal(block(x), x)
+        assert not torch.allclose(perturb(block)(x), x, atol=0.01)
+
+
+def test_residual_blocks_of_the_denoiser_start_as_their_skip(script_v3, networks):
+    skips = set()
+    for block in submodules(networks.denoiser, script_v3.ConditionedBlock):
+        x, embedding = torch.randn(2, block.conv1.in_channels, 4, 4), torch.randn(2, block.modulation.in_features)
+        assert torch.equal(block(x, embedding), block.skip(x))
+        skips.add(isinstance(block.skip, nn.Identity))
+        perturb(block)
+        assert not torch.allclose(block(x, embedding), block.skip(x), atol=0.01)
+        assert not torch.allclose(block(x, embedding), block(x, -embedding), atol=0.01)
+    assert True in skips  # a block that keeps the number of channels is the identity
+
+
+def test_scale_and_shift_act_on_the_normalised_features(script_v3, networks):
+    block = perturb(submodules(networks.denoiser, script_v3.ConditionedBlock)[0])
+    x, embedding = torch.randn(2, block.conv1.in_channels, 4, 4), torch.randn(2, block.modulation.in_features)
+    scale, shift = block.modulation(embedding).chunk(2, dim=1)
+    h = block.norm2(block.conv1(F.silu(block.norm1(x))))
+    h = block.conv2(F.silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]))
+    torch.testing.assert_close(block(x, embedding), block.skip(x) + h)
+
+
+def test_self_attention_starts_as_the_identity_and_is_that_of_torch(script_v3, networks):
+    for attention in submodules(networks.denoiser, script_v3.SelfAttention):
+        channels = attention.norm.num_channels
+        x = torch.randn(2, channels, 4, 4)
+        assert torch.equal(attention(x), x)
+        perturb(attention)
+        reference = nn.MultiheadAttention(channels, attention.heads, batch_first=True)
+        assert attention.heads > 1
+        reference.load_state_dict(
+            {
+                "in_proj_weight": attention.qkv.weight,
+                "in_proj_bias": attention.qkv.bias,
+                "out_proj.weight": attention.out.weight,
+                "out_proj.bias": attention.out.bias,
+            }
+        )
+        tokens = attention.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        mixed = reference(tokens, tokens, tokens)[0].transpose(1, 2).unflatten(2, (4, 4))
+        torch.testing.assert_close(attention(x), x + mixed)
+
+
+def test_self_attention_is_equivariant_over_positions_and_mixes_them(script_v3, networks):
+    for attention in submodules(networks.denoiser, script_v3.SelfAttention):
+        perturb(attention)
+        x, order = torch.randn(2, attention.norm.num_channels, 4, 4), torch.randperm(16)
+        permuted = x.flatten(2)[:, :, order].unflatten(2, (4, 4))
+        expected = attention(x).flatten(2)[:, :, order].unflatten(2, (4, 4))
+        torch.testing.assert_close(attention(permuted), expected)
+        x.requires_grad_()
+        [influence] = torch.autograd.grad(attention(x)[0, :, 0, 0].sum(), x)
+        assert (influence[0].abs().sum(dim=0) > 0).all()  # of each position on the first
+        assert not influence[1].any()  # of another image
+
+
+def test_channel_attention_gates_channels_by_the_means_of_all(script_v3, networks):
+    for attention in submodules(networks.autoencoder, script_v3.ChannelAttention):
+        perturb(attention)
+        x = torch.randn(2, attention.squeeze.in_features, 5, 5)
+        gate = attention(x) / x  # (B, C, 5, 5)
+        assert (gate > 0).all()
+        assert (gate < 1).all()
+        torch.testing.assert_close(gate, gate[:, :, :1, :1].expand_as(gate))  # the same at all positions
+        x[:, 0] += 3.0
+        changed = attention(x)[:, 1:] / x[:, 1:]
+        assert (changed - gate[:, 1:]).abs().amax(dim=(0, 2, 3)).min() > 1e-4  # the others notice
+        shuffled = x.flatten(2)[:, :, torch.randperm(25)].unflatten(2, (5, 5))
+        torch.testing.assert_close(attention(shuffled) / shuffled, attention(x) / x)  # only the means count
+
+
+# The autoencoder
+
+
+def standardised(latents):
+    """Whether each channel has mean 0 and variance 1."""
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    return torch.allclose(mean, torch.zeros_like(mean), atol=1e-4) and torch.allclose(std, torch.ones_like(std))
+
+
+def test_encode_and_decode_shapes_types_and_ranges(script_v3, networks, images):
+    autoencoder = perturb(networks.autoencoder)
+    latents = script_v3.encode_images(autoencoder, images)
+    assert latents.shape == (len(images), *networks.latents.shape[1:])
+    assert latents.dtype == torch.float32
+    decoded = script_v3.decode_images(autoencoder, 30 * latents)
+    assert decoded.shape == images.shape
+    assert decoded.dtype == torch.uint8
+    raw = autoencoder.decode(30 * latents)  # in float32, which the uint8 images need not be computed in
+    assert raw.min() < -1.5
+    assert raw.max() > 1.5
+    assert (decoded[raw < -1.5] == 0).all()  # clamped, not wrapped around
+    assert (decoded[raw > 1.5] == 255).all()
+    for chunk in (1, 7, 500):
+        torch.testing.assert_close(script_v3.encode_images(autoencoder, images, chunk), latents, atol=1e-4, rtol=1e-4)
+        again = script_v3.decode_images(autoencoder, 30 * latents, chunk)
+        assert (again.int() - decoded.int()).abs().max() <= 1
+
+
+def test_different_images_have_different_latents_and_reconstructions(script_v3, networks, images):
+    autoencoder = perturb(networks.autoencoder)
+    latents = script_v3.encode_images(autoencoder, images)
+    for values in (latents, script_v3.decode_images(autoencoder, latents).float()):
+        distances = torch.cdist(values.flatten(1), values.flatten(1))
+        assert distances[~torch.eye(len(images), dtype=torch.bool)].min() > 0.1
+
+
+def test_latents_are_standardised_by_set_statistics(script_v3, networks, images):
+    autoencoder = perturb(networks.autoencoder)
+
+    def encode(images):
+        return script_v3.encode_images(autoencoder, images)
+
+    first, others = images[:10], 255 - images[10:] // 2
+    latents = encode(first)
+    assert not standardised(latents)
+    reconstruction = autoencoder.decode(latents)
+    autoencoder.set_statistics(latents)
+    assert standardised(encode(first))
+    mean, std = autoencoder.latent_mean.clone(), autoencoder.latent_std.clone()
+    autoencoder.set_statistics(encode(first))  # again: nothing is left to do
+    torch.testing.assert_close((autoencoder.latent_mean, autoencoder.latent_std), (mean, std))
+    assert not standardised(encode(others))
+    autoencoder.set_statistics(encode(others))
+    assert standardised(encode(others))
+    torch.testing.assert_close(autoencoder.decode(encode(first)), reconstruction, atol=1e-4, rtol=1e-4)
+    assert {"latent_mean", "latent_std"} <= set(autoencoder.state_dict())  # a checkpoint keeps them
+
+
+def test_gradient_reaches_every_parameter_of_the_objective(script_v3, networks, images):
+    objective = perturb(networks.objective)
+    script_v3.autoencoder_loss(objective, images, LABELS).backward()
+    assert without_gradient(objective) == []
+
+
+def loss_of(script, objective, images):
+    """The loss of stage 1, with the same noise at every call."""
+    return script.autoencoder_loss(objective, images, LABELS, torch.Generator().manual_seed(0))
+
+
+def test_perceptual_net_learns_from_its_own_cross_entropy_alone(script_v3, networks, images):
+    objective = perturb(networks.objective)
+    net = objective.perceptual_net
+    _, logits = net(script_v3.to_float(images))
+    expected = gradients(net, F.cross_entropy(logits, LABELS))
+    assert expected.abs().max() > 1e-3
+    for weight in (0.0, 1.0, 50.0):
+        objective.perceptual_weight = weight
+        found = gradients(net, loss_of(script_v3, objective, images))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_autoencoder_learns_nothing_from_the_head_of_the_classifier(script_v3, networks, images):
+    objective = perturb(networks.objective)
+    before = gradients(objective.autoencoder, loss_of(script_v3, objective, images))
+    perturb(objective.perceptual_net.head)
+    torch.testing.assert_close(gradients(objective.autoencoder, loss_of(script_v3, objective, images)), before)
+    perturb(objective.perceptual_net.stages)
+    after = gradients(objective.autoencoder, loss_of(script_v3, objective, images))
+    assert (after - before).norm() > 1e-3 * before.norm()  # but it looks through the features
+
+
+def test_perceptual_distance_is_zero_for_equal_features_only(script_v3):
+    a, b = torch.randn(2, 3, 8, 5, 5)
+    assert script_v3.perceptual_distance(a, a) == 0
+    assert script_v3.perceptual_distance(a, b) > 0.1
+    torch.testing.assert_close(script_v3.perceptual_distance(a, 3 * a), torch.tensor(0.0), atol=1e-6, rtol=0)
+    # Opposite unit vectors are 2 apart at every position.
+    torch.testing.assert_close(script_v3.perceptual_distance(a, -a), torch.tensor(4.0))
+
+
+def test_images_survive_the_round_trip_to_floats(script_v3):
+    images = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    floats = script_v3.to_float(images)
+    assert floats.dtype == torch.float32
+    assert (floats.min(), floats.max()) == (-1, 1)
+    assert torch.equal(script_v3.to_uint8(floats), images)
+    assert torch.equal(script_v3.to_uint8(floats + 0.003), images)  # rounded, not cut off
+    assert torch.equal(script_v3.to_uint8(floats - 0.003), images)
+    outside = script_v3.to_uint8(torch.tensor([-9.0, -1.01, 1.01, 9.0]))
+    assert outside.tolist() == [0, 0, 255, 255]

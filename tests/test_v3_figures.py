@@ -1,0 +1,318 @@
+"""The figures of v3 show what the models did: the same noise, the same states, the right class and time.
+
+Everything is drawn once, from untrained but perturbed models, while the functions in between are watched.
+"""
+
+import dataclasses
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from PIL import Image, ImageSequence
+from scipy.stats import kstest
+from sklearn.decomposition import PCA
+
+from test_v3_blocks import perturb
+
+CPU = torch.device("cpu")
+EPOCH = 3
+FILE_NAMES = ["T-shirt-top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"]
+LABELS = range(10)
+HISTORY = [
+    {"stage": stage, "epoch": epoch, "train_loss": 1 / epoch, "validation_loss": 1.1 / epoch}
+    for stage in ("autoencoder", "diffusion")
+    for epoch in (1, 2, 3)
+]
+
+
+def watch(monkeypatch, script, name):
+    """Lets a function note its calls in the list returned: the arguments by name, and the result as `result`."""
+    original, calls = getattr(script, name), []
+    signature = inspect.signature(original)
+
+    def watched(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        result = original(*args, **kwargs)
+        calls.append(SimpleNamespace(**bound.arguments, result=result))
+        return result
+
+    monkeypatch.setattr(script, name, watched)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def models(script_v3):
+    """Small models in evaluation mode, whose zero-initialised layers have been moved off zero."""
+    config = script_v3.Config(**{**script_v3.QUICK, "width": 8, "sampling_steps": 2, "guidance_scale": 1.5})
+    objective, denoiser = [stage.ema.module for stage in script_v3.build_stages(config, 100, CPU)]
+    return script_v3.TrainedModels(perturb(objective).autoencoder, perturb(denoiser, 0.2), config)
+
+
+@pytest.fixture(scope="module")
+def data(script_v3, tiny_data_dir):
+    return script_v3.load_fashion_mnist(tiny_data_dir, 1000, CPU)
+
+
+def surroundings(models):
+    """What drawing must leave alone: the global generators' states and the models' modes."""
+    modes = [module.training for model in models[:2] for module in model.modules()]
+    return str(np.random.get_state()), torch.get_rng_state().tolist(), modes
+
+
+@pytest.fixture(scope="module")
+def drawn(script_v3, models, data, tmp_path_factory):
+    """The folder of a full set of figures, the calls behind it, and the surroundings before and after."""
+    names = ["sample_latents", "save_animation", "path_figure", "save_grid"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        calls = {name: watch(monkeypatch, script_v3, name) for name in names}
+        folder, before = tmp_path_factory.mktemp("figures"), surroundings(models)
+        script_v3.save_all_figures(models, data, HISTORY, folder, EPOCH)
+    return SimpleNamespace(folder=folder, before=before, after=surroundings(models), **calls)
+
+
+@pytest.fixture(scope="module")
+def trajectories(script_v3, drawn):
+    """By class: the states (S + 1, rows, C, 7, 7) of the trajectories that its animation and path figure show."""
+    [call] = [call for call in drawn.sample_latents if len(call.result) == script_v3.PATH_STEPS + 1]
+    states, labels = torch.stack(call.result), call.classes.argmax(1)
+    assert torch.equal(call.classes, script_v3.class_weights(labels))
+    return [states[:, labels == label] for label in LABELS]
+
+
+def assert_same_pictures(a, b):
+    """uint8 pictures are equal but for rounding, which depends on the batch, and is coarse in bfloat16."""
+    assert a.shape == b.shape
+    difference = (a.int() - b.int()).abs().float()
+    assert difference.mean() < 1
+    assert difference.max() <= 12
+
+
+def gif_path(drawn, label):
+    return drawn.folder / "diffusion_animation" / f"diffusion_animation_class_{FILE_NAMES[label]}_epoch_{EPOCH}.gif"
+
+
+def png_path(drawn, label):
+    return drawn.folder / "denoise_with_diffusion_path" / f"denoising_path_{FILE_NAMES[label]}_epoch_{EPOCH}.png"
+
+
+# The files
+
+
+def test_every_figure_is_there_under_its_name_and_nothing_else(drawn):
+    found = {path for path in drawn.folder.rglob("*") if path.is_file()}
+    expected = {draw(drawn, label) for draw in (gif_path, png_path) for label in LABELS}
+    expected |= {drawn.folder / "loss_curves.png", drawn.folder / "samples" / f"samples_epoch_{EPOCH}.png"}
+    assert expected <= found
+    others = found - expected
+    folders = {"reconstruction", "latent_space", "interpolation", "guidance", "nearest_neighbours"}
+    assert {path.parent.relative_to(drawn.folder).as_posix() for path in others} == folders
+    assert {path.suffix for path in others} == {".png"}
+
+
+def test_pictures_are_not_trivial(drawn):
+    paths = sorted(drawn.folder.rglob("*.png"))
+    for path in paths:
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert min(pixels.shape) > 200, path
+        assert pixels.std() > 10, path
+        assert len(np.unique(pixels)) > 50, path
+    assert len({path.read_bytes() for path in paths}) == len(paths)
+
+
+def test_drawing_leaves_generators_and_training_modes_alone(drawn):
+    assert drawn.after == drawn.before
+
+
+# The animations
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_animation_is_a_sound_gif_of_its_pictures(drawn, label):
+    call = drawn.save_animation[label]
+    expected = torch.cat([call.noised, call.trajectory[1:-1]])
+    steps = len(call.noised) - 1
+    with Image.open(gif_path(drawn, label)) as gif:
+        assert gif.info["loop"] == 0  # for ever
+        assert gif.n_frames == len(expected) == 2 * steps
+        frames, milliseconds = [], []
+        for frame in ImageSequence.Iterator(gif):
+            frames.append(frame.convert("L"))
+            milliseconds.append(frame.info["duration"])
+    [(width, height)] = {frame.size for frame in frames}
+    assert width % 28 == 0
+    assert width < height  # a caption above a square picture
+    pictures = [frame.crop((0, height - width, width, height)).resize((28, 28), Image.NEAREST) for frame in frames]
+    shown = torch.from_numpy(np.stack(pictures))[:, None]
+    assert torch.equal(shown, expected)  # whatever the caption
+    captions = [np.asarray(frame.crop((0, 0, width, height - width))) for frame in frames]
+    assert all((caption == 255).mean() > 0.5 and (caption < 100).sum() > 50 for caption in captions)
+    assert all(
+        np.array_equal(captions[index], captions[-index]) for index in range(1, steps)
+    )  # the same t, there and back
+    assert len({caption.tobytes() for caption in captions}) == steps + 1
+    assert milliseconds[0] == max(milliseconds)
+    assert 2000 < sum(milliseconds) < 10_000
+
+
+def test_captions_name_the_class(script_v3, drawn):
+    assert [call.title for call in drawn.save_animation] == list(script_v3.CLASS_NAMES)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_animation_loops_without_a_jump(drawn, label):
+    call = drawn.save_animation[label]
+    assert_same_pictures(call.noised[0], call.trajectory[-1])
+    assert_same_pictures(call.noised[-1], call.trajectory[0])
+    assert (call.noised[0].int() - call.noised[-1].int()).abs().float().mean() > 20  # image and noise differ
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_animation_goes_out_with_the_noise_of_its_sample(script_v3, drawn, models, trajectories, label):
+    call, states = drawn.save_animation[label], trajectories[label][:, 0]
+    assert_same_pictures(script_v3.decode_images(models.autoencoder, states), call.trajectory)
+    s = torch.linspace(0, 1, len(call.noised))[:, None, None, None]
+    forward = (1 - s) * states[-1] + s * states[0]
+    assert_same_pictures(script_v3.decode_images(models.autoencoder, forward), call.noised)
+
+
+def test_latents_at_t_1000_are_standard_normal_noise(trajectories):
+    noise = torch.stack([states[0] for states in trajectories])  # (10, rows, C, 7, 7)
+    assert kstest(noise.flatten(), "norm").pvalue > 0.01
+    for of_class in noise:
+        shown = of_class[0]  # in the animation
+        assert abs(shown.mean()) < 4 / shown.numel() ** 0.5
+        assert abs(shown.std() - 1) < 4 / (2 * shown.numel()) ** 0.5
+    assert len(noise.flatten(0, 1).flatten(1).unique(dim=0)) == noise.shape[0] * noise.shape[1]  # no two the same
+
+
+# The paths
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_path_is_the_trajectory_drawn_above_it(script_v3, drawn, models, data, trajectories, label):
+    call, states = drawn.path_figure[label], trajectories[label]
+    assert call.strong == label
+    assert script_v3.CLASS_NAMES[label] in call.title
+    rows, columns = call.images.shape[:2]
+    assert rows == states.shape[1] > 1
+    every, rest = divmod(len(states) - 1, columns - 1)
+    assert rest == 0  # the columns' times are evenly spaced from 1000 to 0
+    for row in range(rows):
+        decoded = script_v3.decode_images(models.autoencoder, states[::every, row])
+        assert_same_pictures(decoded, call.images[row])
+    latents = script_v3.encode_images(models.autoencoder, data.validation_images).flatten(1).numpy()
+    pca = PCA(2, random_state=0).fit(latents)
+    np.testing.assert_array_equal(call.labels, data.validation_labels)
+    np.testing.assert_allclose(call.scatter, pca.transform(latents), atol=1e-3)
+    np.testing.assert_allclose(call.path, pca.transform(states[:, 0].flatten(1).numpy()), atol=1e-3)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_path_is_drawn_with_its_ends_marked_and_its_times_told(drawn, label):
+    call = drawn.path_figure[label]
+    axes = call.result.axes[1]
+    lines = {line.get_marker(): line.get_xydata() for line in axes.lines}
+    np.testing.assert_allclose(lines["None"], call.path)
+    np.testing.assert_allclose(lines["s"], call.path[:1])  # noise
+    np.testing.assert_allclose(lines["*"], call.path[-1:])  # image
+    times = {text.get_text(): text.xy for text in axes.texts if text.get_text()}
+    np.testing.assert_allclose(times["t=1000"], call.path[0])
+    np.testing.assert_allclose(times["t=0"], call.path[-1])
+    for text, place in times.items():
+        np.testing.assert_allclose(place, call.path[round((1 - int(text[2:]) / 1000) * (len(call.path) - 1))])
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_labels_of_times_do_not_collide(drawn, label):
+    figure = drawn.path_figure[label].result
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = [text for text in figure.axes[1].texts if text.get_text()]
+    boxes = [Text.get_window_extent(text, renderer) for text in texts]  # an annotation's own holds its arrow too
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index])
+
+
+# The grids
+
+
+def grid_of(drawn, name):
+    """The call that drew the grid whose path contains `name`."""
+    [call] = [call for call in drawn.save_grid if name in call.path.as_posix().removeprefix(drawn.folder.as_posix())]
+    return call
+
+
+def test_sample_grid_has_a_row_for_each_class_and_one_for_none(script_v3, drawn, models):
+    call = grid_of(drawn, "/samples/")
+    null_class = script_v3.NULL_CLASS
+    assert call.rows == [*script_v3.CLASS_NAMES, "no class"]
+    assert call.images.shape[0] == null_class + 1
+    labels = torch.arange(null_class + 1).repeat_interleave(call.images.shape[1])
+    assert_same_pictures(call.images.flatten(0, 1), script_v3.generate_samples(models, labels))
+    unguided = models._replace(config=dataclasses.replace(models.config, guidance_scale=0.0))
+    expected = script_v3.generate_samples(unguided, labels)[labels == null_class]
+    assert_same_pictures(call.images[null_class], expected)
+
+
+def test_guidance_grid_shows_the_same_noises_at_the_scales_it_names(script_v3, drawn, models):
+    call = grid_of(drawn, "/guidance/")
+    assert call.rows == list(script_v3.CLASS_NAMES)
+    scales = [float(name.removeprefix("w=")) for name in call.columns]
+    assert scales == sorted(scales)
+    assert {0.0, 1.0} < set(scales)
+    for column, scale in enumerate(scales):
+        guided = models._replace(config=dataclasses.replace(models.config, guidance_scale=scale))
+        assert_same_pictures(call.images[:, column], script_v3.generate_samples(guided, torch.arange(10)))
+
+
+def test_interpolations_go_from_noise_to_noise_and_from_class_to_class(script_v3, drawn):
+    noises, classes = [grid_of(drawn, f"/interpolation/{name}") for name in ("noises", "classes")]
+    columns = len(noises.columns)
+    sizes = [len(grid.images) * columns for grid in (noises, classes)]
+    by_noise, by_class = [next(call for call in drawn.sample_latents if len(call.noise) == size) for size in sizes]
+    arcs = by_noise.noise.unflatten(0, (-1, columns))
+    assert (abs(arcs.flatten(2).std(dim=2) - 1) < 0.2).all()  # noise all along; a straight line would shrink it
+    assert (arcs.diff(dim=1).flatten(2).norm(dim=2) > 1).all()
+    assert torch.equal(by_noise.classes.argmax(1), torch.arange(10).repeat_interleave(columns))
+    assert noises.rows == list(script_v3.CLASS_NAMES)
+    mixed, kept = [part.unflatten(0, (-1, columns)) for part in (by_class.classes, by_class.noise)]
+    assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    torch.testing.assert_close(mixed.sum(dim=2), torch.ones(mixed.shape[:2]))
+    for row, name in enumerate(classes.rows):
+        ends = [script_v3.CLASS_NAMES[weights.argmax()] for weights in (mixed[row, 0], mixed[row, -1])]
+        assert mixed[row, [0, -1]].amax(dim=1).tolist() == [1, 1]
+        assert name == " to ".join(ends)
+
+
+def test_nearest_neighbours_are_the_nearest(script_v3, models, data, monkeypatch, tmp_path):
+    calls = watch(monkeypatch, script_v3, "save_grid")
+    samples = script_v3.generate_samples(models, torch.arange(10))
+    images = torch.cat([data.train_images, samples, data.train_images[:7]])
+    script_v3.save_nearest_neighbours(models, images, tmp_path / "neighbours.png")
+    [call] = calls
+    distances = (call.images[:, :1].float() - call.images.float()).square().sum(dim=(2, 3, 4))
+    assert not distances[:, 1].any()  # the sample itself, which is among the images here
+    assert (distances.diff(dim=1) >= 0).all()
+    for row, sample in enumerate(samples):
+        nearest = (images - sample.float()).square().sum(dim=(1, 2, 3)).sort().values[: distances.shape[1] - 1]
+        torch.testing.assert_close(distances[row, 1:], nearest)
+
+
+# Samples
+
+
+def test_samples_depend_on_seed_and_label_and_not_on_the_chunk(script_v3, models):
+    labels = torch.tensor([0, 0, 3, 9, script_v3.NULL_CLASS])
+    samples = script_v3.generate_samples(models, labels)
+    assert samples.shape == (5, 1, 28, 28)
+    assert samples.dtype == torch.uint8
+    assert torch.equal(script_v3.generate_samples(models, labels), samples)
+    assert_same_pictures(script_v3.generate_samples(models, labels, chunk=2), samples)
+    reseeded = models._replace(config=dataclasses.replace(models.config, sampling_seed=1))
+    relabelled = script_v3.generate_samples(models, (labels + 1) % 10)
+    for others in (script_v3.generate_samples(reseeded, labels), samples.roll(1, 0), relabelled):
+        assert ((samples.int() - others.int()).abs().float().mean(dim=(1, 2, 3)) > 1).all()
