@@ -15,7 +15,7 @@ From Python, where ``images`` is a uint8 array or tensor (N, 28, 28) or (N, 28, 
     quality.fmd_percent_of_blur(images)   # one float in seconds, no neighbours: for use during development
     quality.score_arrays(images, labels)  # the dictionary of a whole row; labels may be None
 
-The first call on a machine measures the reference (a minute or so on two cores) and caches it in ``output/`` beside
+The first call on a machine measures the reference (a minute or so on two cores) and caches it in ``.cache/`` beside
 this file (ignored by git), keyed by the weights' SHA-256, the data and this code. The thread count is the caller's.
 """
 
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import feature_extractor as fe
 
-CACHE_DIR = fe.HERE / "output"
+CACHE_DIR = fe.HERE / ".cache"
 NEIGHBOURS = 5
 REFERENCE_SIZE = 10_000  # images in the test split, and in each reference row
 FEWEST_SAMPLES = 100  # below this not even a rough figure makes sense
@@ -85,21 +85,23 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
 
 
 def distance_chunks(queries, points, chunk_size=500):
-    """Yield (slice, Euclidean distances (chunk, M)) of queries (N, D) to all points (M, D), in float64."""
-    points = points.double()
+    """Yield (slice, Euclidean distances (chunk, M)) of queries (N, D) to all points (M, D)."""
     for start in range(0, len(queries), chunk_size):
         rows = slice(start, start + chunk_size)
-        yield rows, torch.cdist(queries[rows].double(), points, compute_mode="use_mm_for_euclid_dist")
+        yield rows, torch.cdist(queries[rows], points, compute_mode="use_mm_for_euclid_dist")
 
 
 def kth_nearest_distances(queries, points, k):
     """Distance (N,) of each query (N, D) to its k-th nearest point of (M, D)."""
-    return torch.cat([distances.kthvalue(k, dim=1).values for _, distances in distance_chunks(queries, points)])
+    return torch.cat(
+        [distances.topk(k, largest=False).values[:, -1] for _, distances in distance_chunks(queries, points)]
+    )
 
 
-def nearest_distances(queries, points):
-    """Distance (N,) of each query (N, D) to its nearest point of (M, D)."""
-    return torch.cat([distances.amin(1) for _, distances in distance_chunks(queries, points)])
+def nearest_image_distances(images, others):
+    """Distance (N,) of each uint8 image (N, 28, 28) to its nearest of (M, 28, 28), over the pixels in [0, 1]."""
+    images, others = (some.flatten(1).float() / 255 for some in (images, others))
+    return torch.cat([distances.amin(1) for _, distances in distance_chunks(images, others)])
 
 
 def neighbour_scores(real, fake, k=NEIGHBOURS, real_radii=None):
@@ -108,6 +110,7 @@ def neighbour_scores(real, fake, k=NEIGHBOURS, real_radii=None):
     Returns precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020), in a dictionary.
     ``real_radii`` (N,) are the real samples' distances to their k-th real neighbours, measured here where not given.
     """
+    real, fake = real.double(), fake.double()
     # A sample is its own nearest neighbour, hence k + 1.
     real_radii = kth_nearest_distances(real, real, k + 1) if real_radii is None else real_radii
     fake_radii = kth_nearest_distances(fake, fake, k + 1)
@@ -147,13 +150,13 @@ def reference_path(test_images, train_images):
 def measure_reference(test_images, train_images, train_labels):
     """Measure everything that does not depend on the samples, from uint8 images (N, 28, 28) and labels (N,).
 
-    Returns a dictionary: features of both splits, mean, covariance and radii of the test split's, the held-out images'
-    distances to their nearest training images, and the scored reference rows.
+    Returns a dictionary: the training images; the test split's features, their mean, covariance and radii; its images'
+    distances to their nearest training images; and the scored reference rows.
     """
-    reference = {"test": fe.extract(test_images)[0], "train": fe.extract(train_images)[0]}
-    reference["mean"], reference["covariance"] = mean_and_covariance(reference["test"])
-    reference["radii"] = kth_nearest_distances(reference["test"], reference["test"], NEIGHBOURS + 1)
-    reference["held_out_distances"] = nearest_distances(reference["test"], reference["train"])
+    reference = {"train_images": train_images, "features": fe.extract(test_images)[0].double()}
+    reference["mean"], reference["covariance"] = mean_and_covariance(reference["features"])
+    reference["radii"] = kth_nearest_distances(reference["features"], reference["features"], NEIGHBOURS + 1)
+    reference["held_out_distances"] = nearest_image_distances(test_images, train_images)
 
     # As many of each class as the test split and balanced samples have.
     size = min(REFERENCE_SIZE, len(train_images)) // fe.NUM_CLASSES
@@ -180,13 +183,13 @@ def load_reference(data_dir=fe.DEFAULT_DATA_DIR):
     fe.load_feature_extractor()  # checks the weights even where the cache has all that is needed
     path = reference_path(test_images, train_images)
     if path.is_file():
-        return torch.load(path, weights_only=True)
+        return {"train_images": train_images, **torch.load(path, weights_only=True)}
 
     print("measuring the reference rows, once (a minute or so) ...", file=sys.stderr, flush=True)
     reference = measure_reference(test_images, train_images, train_labels)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(reference, temporary)
+    torch.save({key: value for key, value in reference.items() if key != "train_images"}, temporary)
     os.replace(temporary, path)
     for stale in set(path.parent.glob(path.name[:23] + "*.pt")) - {path}:  # the same data under other weights or code
         stale.unlink(missing_ok=True)
@@ -210,12 +213,12 @@ def score_against(images, labels, reference):
     accuracy = None
     if labels is not None and (labelled := labels >= 0).any():
         accuracy = (logits.argmax(1) == labels)[labelled].double().mean().item()
-    nearest, held_out = nearest_distances(features, reference["train"]), reference["held_out_distances"]
+    nearest, held_out = nearest_image_distances(images, reference["train_images"]), reference["held_out_distances"]
     return {
         "n": len(features),
         "fmd": fmd,
         "percent_of_blur": 100 * fmd / reference["blur_fmd"],
-        **neighbour_scores(reference["test"], features, real_radii=reference["radii"]),
+        **neighbour_scores(reference["features"], features, real_radii=reference["radii"]),
         "accuracy": accuracy,
         "copying": (nearest < held_out.quantile(COPY_QUANTILE)).double().mean().item(),
         "nn_distance_ratio": (nearest.mean() / held_out.mean()).item(),

@@ -1,0 +1,306 @@
+"""The benchmarks measure what they say: checked by closed forms, independent code and samples of known quality."""
+
+import dataclasses
+import json
+import sys
+import zipfile
+
+import numpy as np
+import prdc
+import pytest
+import scipy.linalg
+import torch
+
+from conftest import REPOSITORY, draw_shapes, run_script, write_tiny_data
+
+sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
+import feature_extractor as fe
+import quality
+
+KEYS = {"file", "n", *quality.METRICS}
+
+
+def random_covariance(dim, seed):
+    factor = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return factor @ factor.T / dim
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_has_its_closed_form_for_commuting_covariances():
+    generator = torch.Generator().manual_seed(0)
+    a, b = 3 * torch.rand(2, 12, generator=generator, dtype=torch.float64)  # variances along shared axes
+    mean_a, mean_b = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+    axes = torch.linalg.qr(random_covariance(12, seed=1)).Q
+    expected = (mean_a - mean_b).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    measured = quality.frechet_distance(mean_a, axes * a @ axes.T, mean_b, axes * b @ axes.T)
+    assert measured == pytest.approx(expected.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("dim", [3, 40, 128])
+def test_frechet_distance_agrees_with_scipy(dim):
+    mean_a, mean_b = torch.randn(2, dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64).numpy()
+    a, b = random_covariance(dim, seed=3).numpy(), random_covariance(dim, seed=4).numpy()
+    expected = np.square(mean_a - mean_b).sum() + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    measured = quality.frechet_distance(*map(torch.from_numpy, (mean_a, a, mean_b, b)))
+    assert measured == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_survives_singular_covariances():
+    mean, covariance = quality.mean_and_covariance(torch.randn(20, 128, generator=torch.Generator().manual_seed(5)))
+    assert quality.frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-9)
+    assert quality.frechet_distance(mean, covariance, mean, 4 * covariance) == pytest.approx(covariance.trace().item())
+
+
+def test_statistics_are_unbiased_and_in_float64():
+    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(6)) + 1000
+    mean, covariance = quality.mean_and_covariance(features)
+    assert mean.dtype == covariance.dtype == torch.float64
+    np.testing.assert_allclose(mean, features.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9)
+
+
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (0.6, 0.3), (1.5, 0.5), (1.0, 20.0)])
+def test_neighbour_scores_agree_with_prdc(k, scale, shift):
+    generator = torch.Generator().manual_seed(7)
+    real = torch.randn(1100, 8, generator=generator)  # three chunks, the last one not full
+    fake = scale * torch.randn(700, 8, generator=generator) + shift
+    measured = quality.neighbour_scores(real, fake, k)
+    expected = prdc.compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=k)
+    assert measured == pytest.approx(expected, abs=1e-12)
+
+
+def test_nearest_image_distances_agree_with_a_plain_loop():
+    rng = np.random.default_rng(8)
+    images, others = (torch.from_numpy(draw_shapes(np.arange(n) % 10, rng)) for n in (30, 40))
+    pairs = [[np.linalg.norm((image.double() - other.double()) / 255) for other in others] for image in images]
+    np.testing.assert_allclose(quality.nearest_image_distances(images, others), np.min(pairs, axis=1), rtol=1e-4)
+
+
+def test_blur_averages_two_by_two_and_interpolates():
+    rows, columns = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
+    checkerboard = (200 * ((rows + columns) % 2)).byte()
+    ramp = (9 * columns).byte()
+    blurred = quality.blur(torch.stack([checkerboard, ramp]))
+    assert (blurred[0] == 100).all()
+    assert blurred.shape == (2, 28, 28) and blurred.dtype == torch.uint8
+    assert (blurred[1, :, 1:-1].int() - ramp[:, 1:-1].int()).abs().max() <= 1  # linear, so only rounding changes it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature extractor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_classifier_is_small_and_accurate(real_data_dir):
+    assert fe.WEIGHTS_PATH.stat().st_size <= 4 * 2**20
+    assert fe.accuracy(fe.load_feature_extractor(), *fe.load_split(real_data_dir, train=False)) >= 0.935
+
+
+def test_other_weights_are_refused(tmp_path):
+    damaged = bytearray(fe.WEIGHTS_PATH.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path = tmp_path / "feature_extractor.pt"
+    path.write_bytes(damaged)
+    with pytest.raises(RuntimeError, match=f"SHA-256.*expected {fe.WEIGHTS_SHA256}"):
+        fe.load_feature_extractor(path)
+    with pytest.raises(RuntimeError, match="no feature extractor weights"):
+        fe.load_feature_extractor(tmp_path / "missing.pt")
+
+
+def test_extraction_depends_on_neither_layout_nor_chunks():
+    images = draw_shapes(np.arange(60) % 10, np.random.default_rng(9))
+    features, logits = fe.extract(images)
+    assert features.shape == (60, fe.FEATURE_DIM) and logits.shape == (60, 10)
+    for same in (images[..., None], images[:, None], torch.from_numpy(images)):
+        torch.testing.assert_close(fe.extract(same, chunk_size=7), (features, logits), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 28, 28), float), ((3, 32, 32), np.uint8), ((3, 784), np.uint8)])
+def test_extraction_refuses_other_arrays(shape, dtype):
+    with pytest.raises(ValueError, match="images must be"):
+        fe.extract(np.zeros(shape, dtype))
+
+
+def test_an_unreadable_data_file_is_named(tmp_path):
+    write_tiny_data(tmp_path, train=10, test=10)
+    archive = tmp_path / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    archive.write_bytes(archive.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is not a readable IDX file"):
+        fe.load_split(tmp_path, train=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of whole sample files, on a tiny data set
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Tiny:
+    """A tiny data set's folder and images: those that models train on, and the test split."""
+
+    data_dir: object
+    train: tuple
+    test: tuple
+
+    def score(self, capsys, tmp_path, *files):
+        """Run the command line; return the rows of the JSON, standard output and standard error."""
+        capsys.readouterr()
+        quality.main([*map(str, files), "--data-dir", str(self.data_dir), "--json", str(tmp_path / "rows.json")])
+        return json.loads((tmp_path / "rows.json").read_text()), *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A data set of 600 training images besides the validation split and 300 test images; the cache is kept apart."""
+    data_dir = tmp_path_factory.mktemp("data")
+    write_tiny_data(data_dir, train=fe.VALIDATION_SIZE + 600, test=300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "CACHE_DIR", tmp_path_factory.mktemp("cache"))
+        train = tuple(part[:600] for part in fe.load_split(data_dir, train=True))
+        yield Tiny(data_dir, train, fe.load_split(data_dir, train=False))
+
+
+def save(path, images, labels=None):
+    arrays = {"arr_0": np.asarray(images)[..., None]}
+    np.savez(path, **arrays, **({} if labels is None else {"arr_1": np.asarray(labels)}))
+    return path
+
+
+def test_rows_and_json(tiny, capsys, tmp_path):
+    test = save(tmp_path / "test.npz", *tiny.test)
+    unlabelled = save(tmp_path / "unlabelled.npz", tiny.train[0], np.full(600, -1))
+    rows, out, err = tiny.score(capsys, tmp_path, test, unlabelled)
+    assert all(set(row) == KEYS for row in rows)
+    assert [row["file"] for row in rows] == [quality.FLOOR, quality.BLUR, quality.NOISE, str(test), str(unlabelled)]
+    assert len(out.splitlines()) == 6
+    assert err.count("warning") == 2 and "300 samples" in err
+
+    floor, blurred, noise, itself, copies = rows
+    assert blurred["percent_of_blur"] == pytest.approx(100)
+    assert floor["percent_of_blur"] < 100 < noise["percent_of_blur"]
+    assert noise["coverage"] == 0 and noise["accuracy"] is None
+
+    # The test images against themselves: no distance, all within their own balls, as close to training images.
+    assert itself["n"] == 300 and itself["fmd"] == pytest.approx(0, abs=1e-6)
+    assert itself["precision"] == itself["recall"] == itself["coverage"] == 1
+    assert itself["copying"] == pytest.approx(quality.COPY_QUANTILE, abs=0.01)
+    assert itself["nn_distance_ratio"] == pytest.approx(1, abs=1e-4)
+    logits = fe.extract(tiny.test[0])[1]
+    assert itself["accuracy"] == pytest.approx((logits.argmax(1) == tiny.test[1]).double().mean().item())
+
+    assert copies["copying"] == 1 and copies["nn_distance_ratio"] == pytest.approx(0, abs=1e-2)
+    assert copies["accuracy"] is None
+
+
+def test_seeds_get_a_row_of_mean_and_spread(tiny, capsys, tmp_path):
+    files = [
+        save(tmp_path / name, tiny.train[0][start : start + 200], tiny.train[1][start : start + 200])
+        for name, start in [("samples.npz", 0), ("samples_seed_1.npz", 200), ("samples_seed_22.npz", 400)]
+    ]
+    other = save(tmp_path / "others_seed_1.npz", tiny.test[0])
+    rows, out, _ = tiny.score(capsys, tmp_path, *files, other)
+    summary = rows[-1]
+    assert len(rows) == 3 + 4 + 1 and set(summary).issuperset(KEYS)
+    assert summary["file"] == str(tmp_path / "samples_seed_*.npz") and summary["n"] == 200 and summary["files"] == 3
+    for metric in quality.METRICS:
+        values = [row[metric] for row in rows if row["file"] in map(str, files)]
+        assert len(values) == 3
+        assert summary[metric] == pytest.approx(np.mean(values))
+        assert summary[f"{metric}_spread"] == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+    assert "±" in out.splitlines()[-1]
+
+
+def test_scores_from_python_are_those_of_the_command_line(tiny, capsys, tmp_path):
+    images, labels = tiny.train[0][:200], tiny.train[1][:200]
+    rows, *_ = tiny.score(capsys, tmp_path, save(tmp_path / "samples.npz", images, labels))
+    scores = quality.score_arrays(images.numpy()[..., None], labels.numpy(), data_dir=tiny.data_dir)
+    assert {"file": rows[-1]["file"], **scores} == pytest.approx(rows[-1])
+    assert quality.score_arrays(images, data_dir=tiny.data_dir)["accuracy"] is None
+    quick = quality.fmd_percent_of_blur(images, data_dir=tiny.data_dir)
+    assert quick == pytest.approx(scores["percent_of_blur"])
+
+
+def test_the_reference_is_cached_under_the_weights(tiny, monkeypatch):
+    first = quality.load_reference(tiny.data_dir)
+    quality.load_reference.cache_clear()
+    monkeypatch.setattr(quality, "measure_reference", lambda *_: pytest.fail("measured again"))
+    again = quality.load_reference(tiny.data_dir)
+    assert again["rows"] == first["rows"] and torch.equal(again["train_images"], first["train_images"])
+
+    path = quality.reference_path(tiny.test[0], tiny.train[0])
+    assert path.is_file() and fe.WEIGHTS_SHA256[:12] in path.name
+    monkeypatch.setattr(fe, "WEIGHTS_SHA256", "f" * 64)
+    assert quality.reference_path(tiny.test[0], tiny.train[0]) != path
+    assert quality.reference_path(tiny.test[0][:-1], tiny.train[0]) != path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_truncated(path):
+    save(path, np.zeros((200, 28, 28), np.uint8))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def write_damaged(path):
+    save(path, np.zeros((200, 28, 28), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[50_000] ^= 1
+    path.write_bytes(content)
+
+
+def write_npy(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros((200, 28, 28, 1), np.uint8))
+
+
+def write_zip(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("notes.txt", "no array")
+
+
+BAD_FILES = {
+    "missing": (lambda path: None, "No such file"),
+    "folder": (lambda path: path.mkdir(), "Is a directory"),
+    "no bytes": (lambda path: path.touch(), "not a sound .npz file"),
+    "text": (lambda path: path.write_text("a picture of a shoe"), "not a sound .npz file"),
+    "npy": (write_npy, "not a sound .npz file"),
+    "truncated": (write_truncated, "not a sound .npz file"),
+    "damaged": (write_damaged, "not a sound .npz file"),
+    "no array": (write_zip, "no arr_0"),
+    "another name": (lambda path: np.savez(path, images=np.zeros(3)), "no arr_0 in it (it holds images)"),
+    "objects": (lambda path: np.savez(path, np.array([None] * 200)), "allow_pickle"),
+    "strings": (lambda path: np.savez(path, np.array(["shoe"] * 200)), "str"),
+    "float": (lambda path: save(path, np.zeros((200, 28, 28))), "got float64"),
+    "shape": (lambda path: save(path, np.zeros((200, 32, 32), np.uint8)), "(200, 32, 32, 1)"),
+    "channels": (lambda path: np.savez(path, np.zeros((200, 28, 28, 3), np.uint8)), "(200, 28, 28, 3)"),
+    "no images": (lambda path: save(path, np.zeros((0, 28, 28), np.uint8)), "0 images"),
+    "few images": (lambda path: save(path, np.zeros((9, 28, 28), np.uint8)), "9 images"),
+    "few labels": (lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.zeros(199, int)), "labels must be"),
+    "float labels": (lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.zeros(200)), "labels must be"),
+    "label 10": (lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.full(200, 10)), "labels must lie"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_gets_one_line_and_status_2(case, tmp_path, capsys):
+    write, message = BAD_FILES[case]
+    path = tmp_path / "samples.npz"
+    write(path)
+    with pytest.raises(SystemExit) as stop:
+        quality.main([str(path)])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith(f"error: {path}: ") and message in err
+
+
+def test_the_command_line_from_outside(tmp_path):
+    result = run_script(quality.__file__, "nowhere.npz", cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.splitlines() == ["error: nowhere.npz: No such file or directory"]
