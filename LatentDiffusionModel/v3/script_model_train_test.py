@@ -31,6 +31,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,13 +60,17 @@ except ImportError:  # Windows has no flock: there, two runs on one output folde
 # =====================================================================================================================
 
 VERSION = "LatentDiffusionModel/v3"
+OUTPUTS = (
+    "checkpoints", "metrics.csv", "loss_curves.png", "samples*", "reconstruction", "latent_space", "interpolation",
+    "diffusion_animation", "denoise_with_diffusion_path", "guidance", "nearest_neighbours",
+)  # fmt: skip
 QUICK = {"train_images": 1280, "autoencoder_epochs": 1, "epochs": 2, "autoencoder_width": 8, "width": 16}  # --quick
 
 
-def option(default, help: str, low=None, high=None, *, choices: tuple = (), resume: str = "match"):
+def option(default, help: str, low=None, high=None, *, multiple=None, choices: tuple = (), resume: str = "match"):
     """A field of `Config`. `resume` says what a run that resumes does with it: "match", the value must be that of the
     checkpoint; "keep", it is the checkpoint's unless the flag is given; "local", checkpoints do not hold it."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices, "resume": resume}
+    metadata = {"help": help, "low": low, "high": high, "multiple": multiple, "choices": choices, "resume": resume}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -85,7 +90,7 @@ class Config:
     autoencoder_epochs: int = option(0, "epochs of stage 1 (0: 4 on a CPU, else 40)", 0, 10_000, resume="keep")
     autoencoder_batch_size: int = option(128, "images a step", 1, 4096)
     autoencoder_learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
-    autoencoder_width: int = option(32, "channels at 14x14, a multiple of 8; twice as many at 7x7", 8, 512)
+    autoencoder_width: int = option(32, "channels at 14x14; twice as many at 7x7", 8, 512, multiple=8)
     latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
     latent_noise: float = option(0.1, "standard deviation of noise on the latents, whose own is 1", 0.0, 1.0)
     perceptual_weight: float = option(1.0, "weight of the perceptual distance beside the absolute error", 0.0, 100.0)
@@ -93,7 +98,7 @@ class Config:
     epochs: int = option(0, "epochs of stage 2 (0: 10 on a CPU, else 200)", 0, 100_000, resume="keep")
     batch_size: int = option(128, "latents a step", 1, 4096)
     learning_rate: float = option(1e-3, "peak learning rate", 1e-8, 1.0)
-    width: int = option(64, "channels of the UNet at 7x7, a multiple of 8; twice as many at 4x4", 8, 512)
+    width: int = option(64, "channels of the UNet at 7x7; twice as many at 4x4", 8, 512, multiple=8)
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
     ema_decay: float = option(0.999, "decay of the averaged weights a step", 0.0, 0.999999)
     # samples and figures
@@ -124,15 +129,17 @@ class CommandLine(argparse.ArgumentParser):
     """A parser with a flag for each field of a configuration, and with errors of one line."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} (--help describes every flag)\n")
+        self.exit(2, f"error: {' '.join(message.split())} (--help describes every flag)\n")
 
     def add_config(self, config_class: type) -> None:
         """A flag that is not given leaves no attribute behind."""
         for field in dataclasses.fields(config_class):
             rules, name = field.metadata, field.name.replace("_", "-")
             limits = "" if rules["low"] is None else f", {rules['low']:g} to {rules['high']:g}"
+            limits += "" if rules["multiple"] is None else f", a multiple of {rules['multiple']}"
             text = f"{rules['help']} ({field.type.__name__}{limits}; default: {field.default!r})".replace("%", "%%")
-            kind = {"type": bounded(field.type, rules["low"], rules["high"]), "metavar": field.type.__name__.upper()}
+            parse = bounded(field.type, rules["low"], rules["high"], rules["multiple"])
+            kind = {"type": parse, "metavar": field.type.__name__.upper()}
             if rules["choices"]:
                 kind = {"choices": rules["choices"]}
             if field.type is bool:
@@ -140,8 +147,8 @@ class CommandLine(argparse.ArgumentParser):
             self.add_argument(f"--{name}", dest=field.name, default=argparse.SUPPRESS, help=text, **kind)
 
 
-def bounded(kind: type, low, high) -> Callable[[str], object]:
-    """Returns the function that turns a flag's text into a `kind` from low to high (both None: any)."""
+def bounded(kind: type, low, high, multiple=None) -> Callable[[str], object]:
+    """Returns the function that turns a flag's text into a `kind` from low to high (None: any)."""
 
     def parse(text: str):
         try:
@@ -150,6 +157,8 @@ def bounded(kind: type, low, high) -> Callable[[str], object]:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
         if low is not None and not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in the range {low:g} to {high:g}")
+        if multiple is not None and value % multiple:
+            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}")
         return value
 
     return parse
@@ -160,7 +169,7 @@ def stored_fields(config_class: type, *resume: str) -> list[str]:
     return [field.name for field in dataclasses.fields(config_class) if field.metadata["resume"] in resume]
 
 
-def settle_config(config_class: type, given: dict, checkpoint: dict | None):
+def settle_config(config_class: type, defaults: dict, given: dict, checkpoint: dict | None):
     """The `config_class` of this run: the flags `given`, else the checkpoint's values, else the defaults.
 
     Raises ExperimentError that names the fields in which the flags contradict the checkpoint.
@@ -173,17 +182,19 @@ def settle_config(config_class: type, given: dict, checkpoint: dict | None):
             f"the checkpoint was trained with another configuration: {clashes}. Leave these flags out to go on with "
             "it, choose another --output-dir, or start over with --fresh"
         )
-    return config_class(**stored | given)
+    return config_class(**defaults | stored | given)
 
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA, else MPS, else the CPU. Raises ExperimentError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ExperimentError(f"device {name!r} is none of auto, cpu, cuda, cuda:N, mps")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ExperimentError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from None
+        raise ExperimentError(f"cannot use device {name!r}: {str(error).splitlines()[0][:150]}") from None
     torch.set_float32_matmul_precision("high")  # TF32 where there is
     return torch.device(name)
 
@@ -223,17 +234,19 @@ class Data(NamedTuple):
     validation_labels: Tensor
 
 
-def default_data_dir() -> Path:
-    """data/ at the root of the repository that this script stands in, or beside the script if it stands alone."""
+def find_data_dir(config: Config) -> Path:
+    """config.data_dir, or else data/ at the root of the repository, or beside the script where it stands alone."""
     folder = Path(__file__).resolve().parent
-    return next((p for p in folder.parents if (p / "LatentDiffusionModel").is_dir()), folder) / "data"
+    root = next((parent for parent in folder.parents if (parent / "LatentDiffusionModel").is_dir()), folder)
+    return Path(config.data_dir or root / "data")
 
 
 def is_whole(path: Path) -> bool:
     """Whether an unpacked idx file has the size that its header says."""
     with open(path, "rb") as file:
-        header = np.frombuffer(file.read(16), ">i4")
-    shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]) if len(header) == 4 else 0)
+        start = file.read(16)
+    header = np.frombuffer(start.ljust(16, b"\0"), ">i4")
+    shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]))
     return shape is not None and path.stat().st_size == 4 + 4 * len(shape) + int(np.prod(shape, dtype=np.int64))
 
 
@@ -249,7 +262,7 @@ def load_fashion_mnist(data_dir: Path, train_images: int, device: torch.device) 
                 print(f"warning: {path} is damaged, unpacking it again")
                 path.unlink()
         dataset = FashionMNIST(data_dir, train=True, download=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, HTTPException) as error:
         raise ExperimentError(
             f"cannot read Fashion-MNIST ({' '.join(str(error).split())[:300]}). Without a network, put "
             f"{', '.join(name + '.gz' for name in RAW_FILES)} from github.com/zalandoresearch/fashion-mnist into {raw}"
@@ -276,7 +289,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze-and-excitation (Hu et al. 2018, Eq. 2-4): each channel is scaled by a gate computed from all means."""
+    """Squeeze-and-excitation (Hu et al. 2018, Eq. 2-4, with SiLU): a gate a channel, computed from all means."""
 
     def __init__(self, channels: int, reduction: int = 4):
         super().__init__()
@@ -418,11 +431,6 @@ def perceptual_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().sum(dim=1).mean()
 
 
-def autoencoder_loss(model: nn.Module, images: Tensor, labels: Tensor, generator=None) -> Tensor:
-    """The loss of an `AutoencoderObjective` for a batch."""
-    return model(images, labels, generator)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention over the positions of a feature map. Starts as the identity."""
 
@@ -437,7 +445,8 @@ class SelfAttention(nn.Module):
         b, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, c // self.heads)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
+        with torch.autocast("cpu", enabled=False):  # CPUs attend faster in float32
+            mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())  # (B, heads, HW, C / heads)
         mixed = self.out(mixed.transpose(1, 2).reshape(b, h * w, c))
         return x + mixed.transpose(1, 2).reshape(b, c, h, w)
 
@@ -462,7 +471,7 @@ class ConditionedBlock(nn.Module):
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of t (B,) in 0..1000 at `dim` / 2 frequencies from 1 down to 1/10000: (B, dim)."""
+    """Sines and cosines of t (B,) in 0..1000 at `dim` / 2 frequencies from 1 down towards 1/10000: (B, dim)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -637,6 +646,141 @@ def generate_samples(models: TrainedModels, labels: Tensor, chunk: int = 500) ->
 CHECKPOINT_FORMAT = 1
 
 
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file that is never seen half written. A failure (OSError) leaves what was there."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def save_checkpoint(content: dict, folder: Path) -> None:
+    """Makes `content` last.pt, and what was last.pt previous.pt. At every moment one of the two is whole."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "new.pt", buffer.getbuffer())
+    if (folder / "last.pt").exists():
+        os.replace(folder / "last.pt", folder / "previous.pt")
+    os.replace(folder / "new.pt", folder / "last.pt")
+    if os.name == "posix":  # the renames must reach the disk too
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Reads one file to the CPU, executing nothing. Raises ValueError if its content is damaged in any way."""
+    file = io.BytesIO(path.read_bytes())
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch.load skips the CRCs
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not {"format", "version"} <= content.keys():
+            raise ValueError("it is no checkpoint")
+        return content
+    except Exception as error:  # arbitrary bytes provoke arbitrary errors
+        raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
+
+
+def find_checkpoint(folder: Path, config_class: type) -> dict | None:
+    """The newest readable checkpoint, or None where there has been none. Warns of a file that cannot be read.
+
+    Raises ExperimentError if none can be read, or if it is of another version or format.
+    """
+    content, paths = None, [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+    for path in paths:
+        try:
+            content = read_checkpoint(path)
+            break
+        except ValueError as error:
+            print(f"warning: cannot read {path} ({error})")
+    if content is None:
+        if paths:
+            raise ExperimentError(f"no checkpoint in {folder} can be read: start over with --fresh")
+        return None
+    if content["version"] != VERSION:
+        raise ExperimentError(f"{path} belongs to {content['version']}, not to {VERSION}: choose another --output-dir")
+    keys = {"format", "version", "torch", "config", "stages", "history"}
+    if content["format"] != CHECKPOINT_FORMAT or content.keys() != keys:
+        raise ExperimentError(f"{path} is of another release: choose another --output-dir, or start over with --fresh")
+    if not isinstance(content["config"], dict) or {*content["config"]} != {
+        *stored_fields(config_class, "match", "keep")
+    }:
+        raise ExperimentError(f"{path} holds other settings: choose another --output-dir, or start over with --fresh")
+    if path.name == "previous.pt":
+        print(f"warning: {folder / 'last.pt'} is missing or damaged, going on from {path}")
+    return content
+
+
+def load_state(module, state: dict) -> None:
+    """Calls `module.load_state_dict`. Raises ExperimentError if the state does not fit."""
+    try:
+        module.load_state_dict(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ExperimentError(f"the checkpoint does not fit its configuration ({reason}): see --fresh") from None
+
+
+def set_damaged_aside(folder: Path) -> None:
+    """Renames a last.pt that cannot be read, so that the next save does not put it in place of a good previous.pt."""
+    try:
+        if (folder / "last.pt").exists():
+            read_checkpoint(folder / "last.pt")
+    except ValueError:
+        os.replace(folder / "last.pt", folder / f"damaged_{time.time_ns()}.pt")
+
+
+@contextlib.contextmanager
+def locked_output(folder: Path) -> Iterator[None]:
+    """Creates the output folder and keeps other runs out of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ExperimentError(f"cannot write to the output folder {folder}: {error.strerror}") from None
+    with lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ExperimentError(f"another run is using {folder}: choose another --output-dir") from None
+        except OSError as error:
+            print(f"warning: cannot lock {folder} ({error.strerror}): see to it that no other run uses it")
+        yield
+
+
+def move_aside(folder: Path, names: tuple[str, ...]) -> None:
+    """Moves what an old run wrote under these names to old_runs/<time>/, the checkpoints first."""
+    attic = folder / "old_runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+    for entry in [path for name in names for path in sorted(folder.glob(name))]:
+        attic.mkdir(parents=True, exist_ok=True)
+        shutil.move(entry, attic)
+    if attic.exists():
+        print(f"the old run is in {attic}")
+
+
+# =====================================================================================================================
+# Training
+# =====================================================================================================================
+
+
+def learning_rate_factor(step: int, total_steps: int) -> float:
+    """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps.
+
+    A finished run that is given more epochs follows the longer plan, so goes back to the constant part.
+    """
+    return max(0.0, min(1.0, (step + 1) / 100, (total_steps - step) / (0.4 * total_steps + 1)))
+
+
 class Stage:
     """One stage of training: the model, its moving average, its optimizer, and where it stands.
 
@@ -666,18 +810,22 @@ class Stage:
         """Number of complete epochs."""
         return self.step // self.steps_per_epoch
 
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of `step`."""
+        return self.optimizer.param_groups[0]["initial_lr"] * learning_rate_factor(step, self.total_steps)
+
     def state(self) -> dict:
         """All that the stage needs to go on with the same bits."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "scheduler")}
         return parts | {"step": self.step, "loss_sum": self.loss_sum, "seconds": self.seconds}
 
     def restore(self, state: dict) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`. Raises ExperimentError if the state is another model's."""
         for name in ("model", "ema", "optimizer", "scheduler"):
-            getattr(self, name).load_state_dict(state[name])
+            load_state(getattr(self, name), state.get(name))
         self.step, self.loss_sum, self.seconds = state["step"], state["loss_sum"], state["seconds"]
         for group in self.optimizer.param_groups:  # more epochs than planned before have changed the plan
-            group["lr"] = group["initial_lr"] * learning_rate_factor(self.step, self.total_steps)
+            group["lr"] = self.learning_rate(self.step)
 
 
 class Run:
@@ -688,7 +836,8 @@ class Run:
         self.history = checkpoint["history"] if checkpoint else []
         for stage in stages if checkpoint else []:
             stage.restore(checkpoint["stages"][stage.name])
-        self.write_metrics()
+            if stage.step > stage.total_steps:
+                raise ExperimentError(f"{stage.name} has been trained for more epochs already: {stage.epoch}")
 
     def save(self) -> None:
         """Writes a checkpoint, and metrics.csv."""
@@ -707,116 +856,6 @@ class Run:
         write_atomically(self.output / "metrics.csv", text.getvalue().encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is never seen half written. A failure (OSError) leaves what was there."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def save_checkpoint(content: dict, folder: Path) -> None:
-    """Makes `content` last.pt, and what was last.pt previous.pt. At every moment one of the two is whole."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    folder.mkdir(exist_ok=True)
-    write_atomically(folder / "new.pt", buffer.getvalue())
-    if (folder / "last.pt").exists():
-        os.replace(folder / "last.pt", folder / "previous.pt")
-    os.replace(folder / "new.pt", folder / "last.pt")
-
-
-def read_checkpoint(path: Path) -> dict:
-    """Reads one file to the CPU, executing nothing. Raises ValueError if anything at all is wrong with it."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load skips the CRCs
-            if archive.testzip() is not None:
-                raise ValueError("a checksum is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"format", "version", "config"} <= set(content):
-            raise ValueError("it is no checkpoint")
-        return content
-    except Exception as error:  # arbitrary bytes provoke arbitrary errors
-        raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
-
-
-def find_checkpoint(folder: Path, config_class: type) -> dict | None:
-    """The newest readable checkpoint, or None where there has been none.
-
-    Files that cannot be read are named and set aside, so that no later save puts one in a good one's place.
-    Raises ExperimentError if none can be read, or if it is of another version or format.
-    """
-    content, paths = None, [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
-    for path in paths:
-        try:
-            content = read_checkpoint(path)
-            break
-        except ValueError as error:
-            print(f"warning: cannot read {path} ({error})")
-    if content is None:
-        if paths:
-            raise ExperimentError(f"no checkpoint in {folder} can be read: start over with --fresh")
-        return None
-    if content["version"] != VERSION:
-        raise ExperimentError(f"{path} belongs to {content['version']}, not to {VERSION}: choose another --output-dir")
-    if content["format"] != CHECKPOINT_FORMAT or set(content["config"]) != {
-        *stored_fields(config_class, "match", "keep")
-    }:
-        raise ExperimentError(f"{path} is of another release: choose another --output-dir, or start over with --fresh")
-    if path.name == "previous.pt":
-        print(f"warning: {folder / 'last.pt'} is missing or damaged, going on from {path}")
-    for damaged in paths[: paths.index(path)]:
-        os.replace(damaged, damaged.with_suffix(".damaged"))
-    return content
-
-
-@contextlib.contextmanager
-def locked_output(folder: Path) -> Iterator[None]:
-    """Creates the output folder and keeps other runs out of it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise ExperimentError(f"cannot write to the output folder {folder}: {error.strerror}") from None
-    with lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ExperimentError(f"another run is using {folder}: choose another --output-dir") from None
-        yield
-
-
-def move_aside(folder: Path) -> None:
-    """Moves an old run, all but the lock and older runs, to old_runs/<time>/."""
-    entries = [entry for entry in folder.iterdir() if entry.name not in (".lock", "old_runs", "quick")]
-    if entries:
-        attic = folder / "old_runs" / time.strftime("%Y%m%d-%H%M%S")
-        attic.mkdir(parents=True)
-        for entry in entries:
-            shutil.move(entry, attic)
-        print(f"the old run is in {attic}")
-
-
-# =====================================================================================================================
-# Training
-# =====================================================================================================================
-
-
-def learning_rate_factor(step: int, total_steps: int) -> float:
-    """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps.
-
-    A finished run that is given more epochs follows the longer plan, so goes back to the constant part.
-    """
-    return max(0.0, min(1.0, (step + 1) / 100, (total_steps - step) / (0.4 * total_steps + 1)))
-
-
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """Here the first SIGINT or SIGTERM only joins the list; a second one acts at once."""
@@ -827,7 +866,8 @@ def noted_signals() -> Iterator[list[int]]:
         for number in handlers:
             signal.signal(number, signal.SIG_DFL)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, note) for number in heeded}
     try:
         yield noted
     finally:
@@ -841,11 +881,11 @@ def train_step(stage: Stage, batch: list[Tensor]) -> Tensor:
         loss = stage.loss_fn(stage.model, *batch)
     stage.optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
     stage.optimizer.step()
     stage.scheduler.step()
     stage.ema.update_parameters(stage.model)
-    return loss.detach()
+    return loss.detach() + 0 * norm  # not finite if the gradient is not
 
 
 @torch.inference_mode()
@@ -869,7 +909,7 @@ def train(
     Raises ExperimentError after a signal, or if the loss is not finite.
     """
     device, seed, size = arrays[0].device, run.config.seed, stage.batch_size
-    saved_at, previous, order = time.monotonic(), None, None
+    saved_at, losses, order = time.monotonic(), [], None
     images, done = stage.total_steps * size, stage.step * size
     bar = tqdm(desc=stage.name, total=images, initial=done, unit=" images", unit_scale=True, disable=None)
     with noted_signals() as signals, bar:
@@ -882,13 +922,12 @@ def train(
                 stage.model.train()
             rows = order[position * size : (position + 1) * size]
             torch.manual_seed(derived_seed(seed, stage.name, "step", stage.step))
-            loss = train_step(stage, [array[rows] for array in arrays])
+            losses.append((stage.step, train_step(stage, [array[rows] for array in arrays])))
             stage.step += 1
-            epoch_ends = stage.step % stage.steps_per_epoch == 0
-            saving = epoch_ends or signals or time.monotonic() - saved_at > 60 * run.config.checkpoint_minutes
-            for value in [previous, loss] if saving else [previous]:  # read a step late, so that no device waits
-                add_loss(run, stage, value, bar)
-            previous = None if saving else loss
+            epoch_ends, stopping = stage.step % stage.steps_per_epoch == 0, bool(signals)
+            saving = epoch_ends or stopping or time.monotonic() - saved_at > 60 * run.config.checkpoint_minutes
+            while len(losses) > (0 if saving else 1):  # read a step late, so that no device waits
+                add_loss(run, stage, *losses.pop(0), bar)
             stage.seconds += time.perf_counter() - started
             bar.update(size)
             if epoch_ends:
@@ -896,25 +935,23 @@ def train(
             if saving:
                 run.save()
                 saved_at = time.monotonic()
-            if signals:
-                name = signal.Signals(signals[0]).name
-                where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
-                raise ExperimentError(f"{name} at {where}: saved; run again to resume", 128 + signals[0])
-            if epoch_ends:
+            if epoch_ends and not stopping:
                 after_epoch()
+            if stopping or (epoch_ends and signals):  # either way this step is saved
+                where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
+                name = signal.Signals(signals[0]).name
+                raise ExperimentError(f"{name} at {where}: saved; run again to resume", 128 + signals[0])
 
 
-def add_loss(run: Run, stage: Stage, loss: Tensor | None, bar: tqdm) -> None:
-    """Adds a step's loss to the sum of the epoch. Raises ExperimentError if it is not finite."""
-    if loss is None:
-        return
+def add_loss(run: Run, stage: Stage, step: int, loss: Tensor, bar: tqdm) -> None:
+    """Adds the loss of `step` to the sum of the epoch. Raises ExperimentError if it is not finite."""
     value = loss.item()
     if not math.isfinite(value):
         last = run.output / "checkpoints" / "last.pt"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-        raise ExperimentError(f"the loss is {value} in {stage.name}, before step {stage.step}; {kept}", 1)
+        raise ExperimentError(f"loss or gradient of {stage.name} is not finite at step {step}; {kept}", 1)
     stage.loss_sum += value
-    bar.set_postfix(loss=f"{value:.4f}", lr=f"{stage.scheduler.get_last_lr()[0]:.1e}", refresh=False)
+    bar.set_postfix(loss=f"{value:.4f}", lr=f"{stage.learning_rate(step):.1e}", refresh=False)
 
 
 def close_epoch(run: Run, stage: Stage, validation: float, verbose: bool) -> None:
@@ -922,7 +959,7 @@ def close_epoch(run: Run, stage: Stage, validation: float, verbose: bool) -> Non
     rate = stage.steps_per_epoch * stage.batch_size / stage.seconds
     row = {"stage": stage.name, "epoch": stage.epoch, "step": stage.step}
     row |= {"train_loss": stage.loss_sum / stage.steps_per_epoch, "validation_loss": validation}
-    row |= {"learning_rate": stage.scheduler.get_last_lr()[0], "seconds": stage.seconds, "images_per_second": rate}
+    row |= {"learning_rate": stage.learning_rate(stage.step - 1), "seconds": stage.seconds, "images_per_second": rate}
     run.history.append(row)
     stage.loss_sum = stage.seconds = 0.0
     if verbose:
@@ -933,19 +970,20 @@ def close_epoch(run: Run, stage: Stage, validation: float, verbose: bool) -> Non
         )
 
 
-def announce_plan(run: Run, batches: list[list[Tensor]]) -> None:
-    """Prints where each stage stands and about how long the rest takes, from a trial step on a batch for each stage."""
+def announce_plan(run: Run, examples: list[list[Tensor]]) -> None:
+    """Prints where each stage stands and about how long the rest takes, by trial steps on copies of the models."""
     minutes = 0.0
-    for stage, batch in zip(run.stages, batches):
+    for stage, arrays in zip(run.stages, examples):
         size = sum(parameter.numel() for parameter in stage.model.parameters())
         print(f"{stage.name}: {size / 1e6:.2f} M parameters, step {stage.step} of {stage.total_steps}")
-        model, left = copy.deepcopy(stage.model), max(0, stage.total_steps - stage.step)
+        model, left, seconds = copy.deepcopy(stage.model), stage.total_steps - stage.step, 0.0
         for _ in range(2 if left else 0):  # the first one warms up
             started = time.perf_counter()
-            with autocast(batch[0].device):
-                stage.loss_fn(model, *batch).backward()
+            with autocast(arrays[0].device):
+                stage.loss_fn(model, *(array[: stage.batch_size] for array in arrays)).backward()
+            next(model.parameters()).grad.sum().item()  # wait for the device
             seconds = time.perf_counter() - started
-        minutes += left * seconds / 60 if left else 0
+        minutes += left * seconds / 60
     print(f"to do: {f'training, about {minutes:.1f} minutes, then ' if minutes else ''}the figures")
 
 
@@ -1076,8 +1114,8 @@ def path_figure(
     bottom.plot(*path.T, color="black", lw=1.5, zorder=4)
     for start, end in zip(path[::2], path[1::2]):
         bottom.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1}, zorder=4)
-    bottom.plot(*path[0], "s", color="white", markeredgecolor="black", markersize=9, zorder=5, label="noise")
-    bottom.plot(*path[-1], "*", color="gold", markeredgecolor="black", markersize=17, zorder=5, label="image")
+    bottom.plot(*path[0], "s", color="white", markeredgecolor="black", markersize=9, zorder=5)
+    bottom.plot(*path[-1], "*", color="gold", markeredgecolor="black", markersize=17, zorder=5)
     bottom.set(xlabel="first principal component", ylabel="second principal component")
     bottom.set_title("sample 1 on its way from noise (square) to image (star) among validation images", fontsize=10)
     times, every = np.linspace(1000, 0, len(path)), max(1, len(path) // 5)
@@ -1107,13 +1145,14 @@ def save_reconstructions(autoencoder: Autoencoder, images: Tensor, labels: Tenso
 
 def save_trajectories(models: TrainedModels, latents: Tensor, labels: Tensor, output: Path, epoch: int) -> None:
     """Each class's animation and denoising path, all from one batch of four trajectories a class."""
-    rows, wanted = 4, torch.arange(len(CLASS_NAMES), device=models.device).repeat_interleave(4)
+    rows = 4
+    wanted = torch.arange(len(CLASS_NAMES), device=models.device).repeat_interleave(rows)
     noise = seeded_noise(len(wanted), models.config, models.device)
     states = torch.stack(sample_latents(models.denoiser, class_weights(wanted), noise, models.config, PATH_STEPS))
     images = decode_images(models.autoencoder, states.flatten(0, 1)).unflatten(0, states.shape[:2])
     times = torch.linspace(0, 1000, PATH_STEPS + 1, device=models.device)
     pca = PCA(n_components=2, random_state=0)
-    scatter = pca.fit_transform(latents.flatten(1).cpu().numpy())
+    scatter, classes = pca.fit_transform(latents.flatten(1).cpu().numpy())[:2000], labels[:2000].cpu().numpy()
     for label in range(len(CLASS_NAMES)):
         first, name = rows * label, f"{file_name(label)}_epoch_{epoch}"
         noised = interpolate(states[-1, first].expand(len(times), -1, -1, -1), noise[first], times)
@@ -1121,19 +1160,18 @@ def save_trajectories(models: TrainedModels, latents: Tensor, labels: Tensor, ou
         save_animation(decode_images(models.autoencoder, noised), images[:, first], class_title(label), gif)
         path = pca.transform(states[:, first].flatten(1).cpu().numpy())
         shown = images[::2, first : first + rows].transpose(0, 1)
-        figure = path_figure(
-            shown, path, scatter, labels.cpu().numpy(), f"{class_title(label)}, from noise to image", label
-        )
+        figure = path_figure(shown, path, scatter, classes, f"{class_title(label)}, from noise to image", label)
         save_figure(figure, output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png")
 
 
 def save_latent_space(latents: Tensor, labels: Tensor, path: Path) -> None:
-    """t-SNE of 1,500 validation latents (N, C, 7, 7) with labels (N,)."""
-    points = latents[:1500].flatten(1).cpu().numpy()
+    """t-SNE of 1,000 validation latents (N, C, 7, 7) with labels (N,), from their first 30 principal components."""
+    points = latents[:1000].flatten(1).cpu().numpy()
+    points = PCA(n_components=min(30, *points.shape), random_state=0).fit_transform(points)
+    plane = TSNE(perplexity=min(30, len(points) // 4), max_iter=500, random_state=0).fit_transform(points)
     figure = Figure(figsize=(7, 5.5))
     axes = figure.add_axes((0, 0, 0.8, 1))
-    plane = TSNE(perplexity=min(30, len(points) // 4), random_state=0).fit_transform(points)
-    scatter_classes(axes, plane, labels[:1500].cpu().numpy())
+    scatter_classes(axes, plane, labels[:1000].cpu().numpy())
     axes.set(title=f"t-SNE of the latents of {len(points)} validation images", xticks=[], yticks=[])
     save_figure(figure, path)
 
@@ -1196,7 +1234,7 @@ def save_all_figures(models: TrainedModels, data: Data, history: list[dict], out
     save_guidance(models, output / "guidance" / f"guidance_epoch_{epoch}.png")
     neighbours = output / "nearest_neighbours" / f"nearest_neighbours_epoch_{epoch}.png"
     save_nearest_neighbours(models, data.train_images, neighbours)
-    print(f"figures of epoch {epoch} written in {time.perf_counter() - started:.0f} s")
+    tqdm.write(f"figures of epoch {epoch} written in {time.perf_counter() - started:.0f} s")
 
 
 def save_class_samples(models: TrainedModels, label: int | None, count: int, output: Path) -> None:
@@ -1234,7 +1272,7 @@ def export_samples(models: TrainedModels, count: int, output: Path) -> None:
 
 
 def class_label(text: str) -> int:
-    """The label of a class given by name ("T-shirt/top", "ankle-boot", "no class"), whatever its case and punctuation."""
+    """The label of a class given by name ("T-shirt/top", "ankle-boot", "no class") in any case and punctuation."""
     names = {re.sub("[^a-z]", "", class_title(label).lower()): label for label in range(NULL_CLASS + 1)}
     label = names.get(re.sub("[^a-z]", "", text.lower()))
     if label is None:
@@ -1244,36 +1282,25 @@ def class_label(text: str) -> int:
 
 def parse_command_line(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
     """Returns the fields of `Config` that were given, and what is asked for once."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = CommandLine(description=__doc__, formatter_class=style, allow_abbrev=False)
-    parser.add_argument("--fresh", action="store_true", help="start over; the old run moves to OUTPUT_DIR/old_runs")
-    parser.add_argument(
-        "--sample-only", action="store_true", help="no training: all figures, or only the samples asked for"
-    )
-    parser.add_argument("--quick", action="store_true", help="the whole pipeline, tiny, into output/quick")
-    parser.add_argument(
-        "--export-samples",
-        type=bounded(int, 1, 10**6),
-        metavar="N",
-        help="write N samples to samples.npz (int, 1 to 1e6)",
-    )
-    parser.add_argument(
-        "--class", dest="label", type=class_label, metavar="NAME", help="with --sample-only: a PNG of this class (str)"
-    )
-    parser.add_argument(
-        "--num-samples",
-        type=bounded(int, 1, 10_000),
-        metavar="N",
-        help="with --sample-only: a PNG of N samples (int, 1 to 10000; default: 16)",
-    )
+    raw, switch = argparse.RawDescriptionHelpFormatter, {"action": "store_true"}
+    parser = CommandLine(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--fresh", help="start over; the old run moves to OUTPUT_DIR/old_runs (switch)", **switch)
+    parser.add_argument("--sample-only", help="no training: all figures, or the samples asked for (switch)", **switch)
+    parser.add_argument("--quick", help="the whole pipeline, tiny, into output/quick (switch)", **switch)
+    text = "write N samples to OUTPUT_DIR/samples.npz (int, 1 to 1000000; default: none)"
+    parser.add_argument("--export-samples", type=bounded(int, 1, 10**6), metavar="N", help=text)
+    text = "with --sample-only: a PNG of this class (str, a class's name or 'no class'; default: all classes)"
+    parser.add_argument("--class", dest="label", type=class_label, metavar="NAME", help=text)
+    text = "with --sample-only: a PNG of N samples (int, 1 to 10000; default: 16)"
+    parser.add_argument("--num-samples", type=bounded(int, 1, 10_000), metavar="N", help=text)
     parser.add_config(Config)
     request = parser.parse_args(argv)
     if not request.sample_only and (request.label is not None or request.num_samples):
         parser.error("--class and --num-samples go with --sample-only")
-    given = {
-        field.name: getattr(request, field.name) for field in dataclasses.fields(Config) if hasattr(request, field.name)
-    }
-    return QUICK | given if request.quick else given, request
+    if request.sample_only and request.fresh:
+        parser.error("--fresh starts a training, --sample-only has none")
+    fields = [field.name for field in dataclasses.fields(Config)]
+    return {name: getattr(request, name) for name in fields if hasattr(request, name)}, request
 
 
 def build_stages(config: Config, images: int, device: torch.device) -> list[Stage]:
@@ -1285,7 +1312,7 @@ def build_stages(config: Config, images: int, device: torch.device) -> list[Stag
     recipe = config.autoencoder_batch_size, config.autoencoder_epochs, config.autoencoder_learning_rate, config
     loss_fn = partial(rectified_flow_loss, class_dropout=config.class_dropout)
     return [
-        Stage("autoencoder", objective, autoencoder_loss, images, *recipe),
+        Stage("autoencoder", objective, AutoencoderObjective.__call__, images, *recipe),
         Stage("diffusion", denoiser, loss_fn, images, config.batch_size, config.epochs, config.learning_rate, config),
     ]
 
@@ -1298,9 +1325,11 @@ def run_training(
     run = Run(config, output, [autoencoder, diffusion], checkpoint)
     models = TrainedModels(autoencoder.ema.module.autoencoder, diffusion.ema.module, config)
     train_labels, held_out_labels = data.train_labels, data.validation_labels
-    trial = slice(config.batch_size)
-    latents = torch.randn(len(train_labels[trial]), config.latent_channels, 7, 7, device=device)
-    announce_plan(run, [[data.train_images[trial], train_labels[trial]], [latents, train_labels[trial]]])
+    if diffusion.step and autoencoder.step < autoencoder.total_steps:
+        raise ExperimentError("--autoencoder-epochs cannot change once the second stage has begun: see --fresh")
+    run.write_metrics()
+    latents = seeded_noise(min(config.batch_size, len(train_labels)), config, device)
+    announce_plan(run, [[data.train_images, train_labels], [latents, train_labels]])
 
     def after_autoencoder_epoch() -> None:
         path = output / "reconstruction" / f"reconstruction_epoch_{autoencoder.epoch}.png"
@@ -1323,52 +1352,58 @@ def run_training(
     return models
 
 
-def check_autoencoder_epochs(config: Config, checkpoint: dict | None) -> None:
-    """Raises ExperimentError if stage 1 were to change under a stage 2 that has begun."""
-    begun = checkpoint is not None and checkpoint["stages"]["diffusion"]["step"] > 0
-    if begun and config.autoencoder_epochs != checkpoint["config"]["autoencoder_epochs"]:
-        raise ExperimentError("--autoencoder-epochs cannot change once the second stage has begun: see --fresh")
+def load_trained(output: Path, device: str = "auto", **changes) -> TrainedModels:
+    """The averaged models of a run, in evaluation mode.
+
+    Args:
+        output: the run's output folder.
+        device: as the flag --device.
+        changes: fields of `Config` that differ from the run's, such as guidance_scale or sampling_seed.
+
+    Raises ExperimentError if there are no trained models, or if a change contradicts them.
+    """
+    checkpoint = find_checkpoint(output / "checkpoints", Config)
+    if checkpoint is None or checkpoint["stages"]["diffusion"]["step"] == 0:
+        raise ExperimentError(f"there is no trained model in {output}: run without --sample-only to train one")
+    config = settle_config(Config, {}, changes, checkpoint)
+    autoencoder, diffusion = build_stages(config, 1, pick_device(device))
+    for stage in (autoencoder, diffusion):
+        load_state(stage.ema, checkpoint["stages"][stage.name]["ema"])
+    epoch = sum(row["stage"] == "diffusion" for row in checkpoint["history"])
+    print(f"{VERSION}: models of {output}, {epoch} epochs, torch {torch.__version__}")
+    return TrainedModels(autoencoder.ema.module.autoencoder, diffusion.ema.module, config)
 
 
-def load_trained(checkpoint: dict, config: Config, device: torch.device) -> TrainedModels:
-    """The averaged models of a checkpoint (see `find_checkpoint`). Raises ExperimentError if stage 2 has not begun."""
-    if checkpoint["stages"]["diffusion"]["step"] == 0:
-        raise ExperimentError("the diffusion model is not trained yet: run without --sample-only to go on")
-    stages = build_stages(config, 1, device)
-    for stage in stages:
-        stage.restore(checkpoint["stages"][stage.name])
-    return TrainedModels(stages[0].ema.module.autoencoder, stages[1].ema.module, config)
+def run_sampling(output: Path, request: argparse.Namespace, given: dict) -> TrainedModels:
+    """Serves --sample-only: a PNG of the samples asked for or, where none are, every figure. Returns the models."""
+    models = load_trained(output, **{"device": "auto"} | given)
+    if request.label is not None or request.num_samples:
+        save_class_samples(models, request.label, request.num_samples or 16, output)
+    elif not request.export_samples:
+        history = find_checkpoint(output / "checkpoints", Config)["history"]
+        data = load_fashion_mnist(find_data_dir(models.config), models.config.train_images, models.device)
+        save_all_figures(models, data, history, output, sum(row["stage"] == "diffusion" for row in history))
+    return models
 
 
 def main(argv: list[str] | None = None) -> None:
     given, request = parse_command_line(argv)
     folder = Path(__file__).resolve().parent / "output"
-    output = Path(given.get("output_dir") or (folder / "quick" if request.quick else folder)).resolve()
+    output = Path(os.path.abspath(given.get("output_dir") or (folder / "quick" if request.quick else folder)))
     with locked_output(output):
-        if request.fresh:
-            move_aside(output)
-        checkpoint = find_checkpoint(output / "checkpoints", Config)
-        config = settle_config(Config, given, checkpoint)
-        device = pick_device(config.device)
-        config = with_recipe(config, device)
-        print(
-            f"{VERSION} on {device}, torch {torch.__version__}, {'resumed' if checkpoint else 'fresh'}; output: {output}"
-        )
-        data_dir = Path(config.data_dir or default_data_dir())
         if request.sample_only:
-            if checkpoint is None:
-                raise ExperimentError(f"there is no checkpoint in {output}: run without --sample-only to train one")
-            models = load_trained(checkpoint, config, device)
-            if request.label is not None or request.num_samples:
-                save_class_samples(models, request.label, request.num_samples or 16, output)
-            elif not request.export_samples:
-                epoch = sum(row["stage"] == "diffusion" for row in checkpoint["history"])
-                data = load_fashion_mnist(data_dir, config.train_images, device)
-                save_all_figures(models, data, checkpoint["history"], output, epoch)
+            models = run_sampling(output, request, given)
         else:
-            check_autoencoder_epochs(config, checkpoint)
-            data = load_fashion_mnist(data_dir, config.train_images, device)
-            models = run_training(config, data, output, checkpoint, device)
+            checkpoint = None if request.fresh else find_checkpoint(output / "checkpoints", Config)
+            config = settle_config(Config, QUICK if request.quick else {}, given, checkpoint)
+            device = pick_device(config.device)
+            state = "resumed" if checkpoint else "fresh"
+            print(f"{VERSION} on {device}, torch {torch.__version__}, {state}; output: {output}")
+            data = load_fashion_mnist(find_data_dir(config), config.train_images, device)
+            if request.fresh:
+                move_aside(output, OUTPUTS)
+            set_damaged_aside(output / "checkpoints")
+            models = run_training(with_recipe(config, device), data, output, checkpoint, device)
         if request.export_samples:
             export_samples(models, request.export_samples, output)
 
@@ -1376,8 +1411,8 @@ def main(argv: list[str] | None = None) -> None:
 def exit_status(main_function: Callable[[], None]) -> int:
     """Calls `main_function`; what a user can mend, or has asked for, becomes one line and an exit status."""
     matplotlib.rcdefaults()
-    matplotlib.use("Agg")
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main_function()
         return 0
@@ -1389,8 +1424,11 @@ def exit_status(main_function: Callable[[], None]) -> int:
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except torch.OutOfMemoryError:
+        print("error: the device is out of memory: smaller batches or widths need less", file=sys.stderr)
+        return 1
     except OSError as error:
-        print(f"error: {error.strerror or error} {error.filename or ''}: the last checkpoint stands", file=sys.stderr)
+        print(f"error: {error.strerror or error}: {error.filename}; any earlier checkpoint stands", file=sys.stderr)
         return 1
 
 
