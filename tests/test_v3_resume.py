@@ -1,0 +1,280 @@
+"""v3 resumes: a run that was interrupted, wherever and however, ends with the same bits as one that was not."""
+
+import csv
+import random
+import re
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import SCRIPT_V3, load_script
+from v3_runs import (
+    RealRun,
+    act_at_step,
+    differences,
+    flags,
+    interrupt_at_step,
+    load_without_figures,
+    read,
+    run,
+    steps,
+)
+
+RANDOM_STEPS = random.Random(2).sample(range(2, 6), 2) + random.Random(3).sample(range(8, 15), 2)  # of 6 and 9
+
+
+@pytest.fixture(scope="module")
+def module():
+    return load_without_figures()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(module, tiny_data_dir, tmp_path_factory):
+    """Output folder of a run that nothing has interrupted. Copy it before you change it."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert run(module, flags(output, tiny_data_dir)) == 0
+    assert steps(output) == {"autoencoder": 6, "diffusion": 9}
+    return output
+
+
+@pytest.fixture
+def finished(undisturbed, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(undisturbed, tmp_path / "finished")
+
+
+def interrupted_run(module, arguments, step):
+    """Run, with Ctrl-C at a training step counted from 1; returns the exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at_step(patch, module, step)
+        return run(module, arguments)
+
+
+# Steps 1 to 6 are the autoencoder's, 7 to 15 the diffusion's; 3 ends an epoch, 6 and 15 a stage.
+@pytest.mark.parametrize("at", [[1], [3], [6], [7], [15], *([step] for step in RANDOM_STEPS), [2, 8]])
+def test_interrupted_run_ends_with_the_same_bits(module, undisturbed, tiny_data_dir, tmp_path, at):
+    arguments, done = flags(tmp_path, tiny_data_dir), 0
+    for step in at:
+        assert interrupted_run(module, arguments, step - done) == 130
+        assert sum(steps(tmp_path).values()) == step  # nothing is lost
+        done = step
+    assert run(module, arguments) == 0
+    assert differences(read(undisturbed), read(tmp_path)) == []
+
+
+def test_checkpoints_within_an_epoch_do_not_change_the_bits(module, undisturbed, tiny_data_dir, tmp_path):
+    assert run(module, flags(tmp_path, tiny_data_dir, checkpoint_minutes=0)) == 0
+    assert differences(read(undisturbed), read(tmp_path)) == []
+    assert steps(tmp_path)["diffusion"] - 1 == read(tmp_path, "previous.pt")["stages"]["diffusion"]["step"]
+
+
+def test_another_seed_changes_the_bits(module, undisturbed, tiny_data_dir, tmp_path):
+    assert run(module, flags(tmp_path, tiny_data_dir, seed=1)) == 0
+    a, b = read(undisturbed)["stages"], read(tmp_path)["stages"]
+    for stage in a:
+        assert differences(a[stage]["model"], b[stage]["model"])
+
+
+@pytest.mark.parametrize("step", [2, 9])
+def test_signal_late_in_a_step_loses_nothing(module, undisturbed, monkeypatch, capsys, tiny_data_dir, tmp_path, step):
+    """The signal comes when the loop has already decided whether this step is saved."""
+    real, calls = module.add_loss, iter(range(1000))
+
+    def interrupted_add_loss(*args):
+        if next(calls) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "add_loss", interrupted_add_loss)
+        assert run(module, flags(tmp_path, tiny_data_dir)) == 143
+    stage, done = [(name, done) for name, done in steps(tmp_path).items() if done][-1]
+    assert f"{stage}, step {done} of" in capsys.readouterr().err
+    assert run(module, flags(tmp_path, tiny_data_dir)) == 0
+    assert differences(read(undisturbed), read(tmp_path)) == []
+
+
+@pytest.mark.parametrize("saver", ["save_reconstructions", "save_samples"])
+def test_signal_in_the_last_picture_of_a_stage_is_heeded(module, monkeypatch, tiny_data_dir, tmp_path, saver):
+    count = {"save_reconstructions": 2, "save_samples": 3}[saver]  # epochs of its stage
+    calls = []
+
+    def interrupted_saver(*args):
+        calls.append(args)
+        if len(calls) == count:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(module, saver, interrupted_saver)
+    assert run(module, flags(tmp_path, tiny_data_dir)) == 130
+
+
+def test_figures_and_samples_do_not_touch_the_training(module, undisturbed, monkeypatch, tiny_data_dir, tmp_path):
+    """The real figures in the midst of training, all but the drawing itself, and a greedy user of random numbers."""
+    fresh = load_script(SCRIPT_V3)
+    for name in ("save_figure", "save_animation", "save_latent_space", "draw_grid", "path_figure"):
+        monkeypatch.setattr(fresh, name, lambda *args: None)
+    drawn, real = [], fresh.save_all_figures
+
+    def greedy_figures(*args):
+        drawn.append(args[-1])
+        torch.manual_seed(5)
+        np.random.seed(5)
+        torch.rand(1000)
+        real(*args)
+
+    monkeypatch.setattr(fresh, "save_all_figures", greedy_figures)
+    assert run(fresh, flags(tmp_path, tiny_data_dir, figures_every=2)) == 0
+    assert drawn == [2, 3]
+    assert differences(read(undisturbed), read(tmp_path)) == []
+
+
+def test_finished_run_trains_nothing_and_draws_again(module, finished, monkeypatch, tiny_data_dir):
+    before, epochs = (finished / "checkpoints" / "last.pt").read_bytes(), []
+    monkeypatch.setattr(module, "train_step", lambda *args: pytest.fail("a step was trained"))
+    monkeypatch.setattr(module, "save_all_figures", lambda *args: epochs.append(args[-1]))
+    assert run(module, flags(finished, tiny_data_dir)) == 0
+    assert epochs == [3]
+    assert (finished / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_finished_run_trains_on_with_more_epochs(module, finished, tiny_data_dir, tmp_path):
+    once = shutil.copytree(finished, tmp_path / "interrupted")
+    before = read(finished)
+    arguments = [flags(folder, tiny_data_dir, epochs=5) for folder in (finished, once)]
+    assert run(module, arguments[0]) == 0
+    after = read(finished)
+    assert steps(finished) == {"autoencoder": 6, "diffusion": 15}
+    assert differences(before["stages"]["autoencoder"], after["stages"]["autoencoder"]) == []
+    assert differences(before["history"], after["history"][:5]) == []
+    assert [row["epoch"] for row in after["history"]] == [1, 2, 1, 2, 3, 4, 5]
+    assert after["history"][5]["learning_rate"] > 0  # planned anew: it had fallen to zero
+    assert differences(before["stages"]["diffusion"]["model"], after["stages"]["diffusion"]["model"])
+    assert interrupted_run(module, arguments[1], 2) == 130
+    assert run(module, arguments[1]) == 0
+    assert differences(after, read(once)) == []
+
+
+def test_autoencoder_epochs_change_before_the_second_stage_only(module, finished, capsys, tiny_data_dir, tmp_path):
+    before = (finished / "checkpoints" / "last.pt").read_bytes()
+    assert run(module, flags(finished, tiny_data_dir, autoencoder_epochs=3)) == 2
+    assert "--autoencoder-epochs" in capsys.readouterr().err
+    assert (finished / "checkpoints" / "last.pt").read_bytes() == before
+    assert interrupted_run(module, flags(tmp_path, tiny_data_dir), 4) == 130
+    assert run(module, flags(tmp_path, tiny_data_dir, autoencoder_epochs=3)) == 0
+    assert steps(tmp_path) == {"autoencoder": 9, "diffusion": 9}
+
+
+def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_path):
+    arguments = flags(tmp_path, tiny_data_dir, seed=7, guidance_scale=2.5, autoencoder_epochs=1, epochs=2)
+    assert interrupted_run(module, arguments, 5) == 130
+    config = read(tmp_path)["config"]
+    assert (config["seed"], config["guidance_scale"]) == (7, 2.5)
+    assert run(module, [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--sampler=euler"]) == 0
+    assert read(tmp_path)["config"] == config | {"sampler": "euler"}  # a field that may change has changed
+    assert steps(tmp_path) == {"autoencoder": 3, "diffusion": 6}
+
+
+def test_quick_run_resumes_with_the_flags_it_began_with(module, tiny_data_dir, tmp_path):
+    """--quick is itself a set of flags; on resuming they must not override what the run began with."""
+    arguments = flags(tmp_path, tiny_data_dir, width=24)
+    assert interrupted_run(module, arguments, 8) == 130
+    assert run(module, ["--quick", f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}"]) == 0
+    assert steps(tmp_path) == {"autoencoder": 6, "diffusion": 9}
+
+
+def test_metrics_are_the_history(undisturbed):
+    with open(undisturbed / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    history = read(undisturbed)["history"]
+    assert [row["stage"] for row in rows] == ["autoencoder"] * 2 + ["diffusion"] * 3
+    names = ["stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate", "seconds", "images_per_second"]
+    assert list(rows[0]) == names
+    assert rows == [{name: str(value) for name, value in row.items()} for row in history]
+
+
+def test_loss_that_is_not_finite_stops_the_run(module, monkeypatch, capsys, tiny_data_dir, tmp_path):
+    real, calls = module.train_step, []
+
+    def poisoned_step(*args):
+        calls.append(args)
+        loss = real(*args)
+        return loss * float("nan") if len(calls) == 5 else loss
+
+    monkeypatch.setattr(module, "train_step", poisoned_step)
+    assert run(module, flags(tmp_path, tiny_data_dir)) == 1
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert "autoencoder" in error
+    assert re.search("step [45]", error)  # counted from 0 or 1
+    assert str(tmp_path / "checkpoints" / "last.pt") in error
+    assert steps(tmp_path)["autoencoder"] == 3
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_the_process_with_its_status_and_a_hint(tiny_data_dir, tmp_path, number, status):
+    real_run = RealRun(tmp_path, flags(tmp_path, tiny_data_dir, autoencoder_epochs=9999))
+    real_run.wait_for("epoch 1 of")
+    real_run.signal(number)
+    code, error = real_run.end()
+    assert code == status
+    assert len(error.splitlines()) == 1
+    assert "resume" in error
+    done = steps(tmp_path)["autoencoder"]
+    assert done >= 3
+    assert f"step {done} of" in error
+
+
+def dwell_in_step_5(module):
+    """Make the fifth step last for minutes."""
+    real, calls = module.train_step, []
+
+    def train_step(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            print("busy")
+            time.sleep(300)
+        return real(*args)
+
+    module.train_step = train_step
+
+
+def test_second_ctrl_c_stops_at_once(tiny_data_dir, tmp_path):
+    real_run = RealRun(tmp_path, flags(tmp_path, tiny_data_dir), dwell_in_step_5)
+    real_run.wait_for("busy")
+    real_run.signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert real_run.process.is_alive()  # the first one waits for the end of the step
+    real_run.signal(signal.SIGINT)
+    code, error = real_run.end()
+    assert code in (130, -signal.SIGINT)
+    assert "Traceback" not in error
+    assert steps(tmp_path)["autoencoder"] == 3  # the last checkpoint stands
+
+
+@pytest.mark.parametrize("begun", [0, 6], ids=["autoencoder", "diffusion"])
+def test_killed_process_resumes_to_the_same_bits(module, undisturbed, tiny_data_dir, tmp_path, begun):
+    """SIGKILL at moments that nobody chose, in either stage, while much of the time goes into saving."""
+    chance, arguments, codes = random.Random(begun), flags(tmp_path, tiny_data_dir, checkpoint_minutes=0), []
+    if begun:
+        assert interrupted_run(module, arguments, begun) == 130
+    for _ in range(3):
+        real_run = RealRun(tmp_path, arguments)
+        real_run.wait_for("to do:")
+        time.sleep(chance.uniform(0, 0.2))
+        real_run.signal(signal.SIGKILL)
+        codes.append(real_run.end()[0])
+    assert -signal.SIGKILL in codes
+    assert run(module, arguments) == 0
+    assert differences(read(undisturbed), read(tmp_path)) == []
+
+
+def test_act_at_step_counts_from_one(module, monkeypatch, tiny_data_dir, tmp_path):
+    """The ruler of the tests above."""
+    acted = []
+    act_at_step(monkeypatch, module, 15, lambda: acted.append(1))
+    assert run(module, flags(tmp_path, tiny_data_dir)) == 0
+    assert acted == [1]
