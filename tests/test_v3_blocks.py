@@ -249,13 +249,13 @@ def test_latents_are_standardised_by_set_statistics(script_v3, networks, images)
 
 def test_gradient_reaches_every_parameter_of_the_objective(script_v3, networks, images):
     objective = perturb(networks.objective)
-    script_v3.autoencoder_loss(objective, images, LABELS).backward()
+    objective(images, LABELS).backward()
     assert without_gradient(objective) == []
 
 
-def loss_of(script, objective, images):
+def loss_of(objective, images):
     """The loss of stage 1, with the same noise at every call."""
-    return script.autoencoder_loss(objective, images, LABELS, torch.Generator().manual_seed(0))
+    return objective(images, LABELS, torch.Generator().manual_seed(0))
 
 
 def test_perceptual_net_learns_from_its_own_cross_entropy_alone(script_v3, networks, images):
@@ -266,17 +266,17 @@ def test_perceptual_net_learns_from_its_own_cross_entropy_alone(script_v3, netwo
     assert expected.abs().max() > 1e-3
     for weight in (0.0, 1.0, 50.0):
         objective.perceptual_weight = weight
-        found = gradients(net, loss_of(script_v3, objective, images))
+        found = gradients(net, loss_of(objective, images))
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_autoencoder_learns_nothing_from_the_head_of_the_classifier(script_v3, networks, images):
     objective = perturb(networks.objective)
-    before = gradients(objective.autoencoder, loss_of(script_v3, objective, images))
+    before = gradients(objective.autoencoder, loss_of(objective, images))
     perturb(objective.perceptual_net.head)
-    torch.testing.assert_close(gradients(objective.autoencoder, loss_of(script_v3, objective, images)), before)
+    torch.testing.assert_close(gradients(objective.autoencoder, loss_of(objective, images)), before)
     perturb(objective.perceptual_net.stages)
-    after = gradients(objective.autoencoder, loss_of(script_v3, objective, images))
+    after = gradients(objective.autoencoder, loss_of(objective, images))
     assert (after - before).norm() > 1e-3 * before.norm()  # but it looks through the features
 
 

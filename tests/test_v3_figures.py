@@ -5,6 +5,7 @@ Everything is drawn once, from untrained but perturbed models, while the functio
 
 import dataclasses
 import inspect
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image, ImageSequence
 from scipy.stats import kstest
 from sklearn.decomposition import PCA
 
+from conftest import draw_shapes
 from test_v3_blocks import perturb
 
 CPU = torch.device("cpu")
@@ -54,8 +56,12 @@ def models(script_v3):
 
 
 @pytest.fixture(scope="module")
-def data(script_v3, tiny_data_dir):
-    return script_v3.load_fashion_mnist(tiny_data_dir, 1000, CPU)
+def data(script_v3):
+    """Drawings; for validation as many as there are in earnest, since figures show a part of so many."""
+    labels = np.arange(5500) % 10
+    images = torch.from_numpy(draw_shapes(labels, np.random.default_rng(0)))[:, None]
+    labels = torch.from_numpy(labels)
+    return script_v3.Data(images[:500], labels[:500], images[500:], labels[500:])
 
 
 def surroundings(models):
@@ -207,8 +213,9 @@ def test_path_is_the_trajectory_drawn_above_it(script_v3, drawn, models, data, t
         assert_same_pictures(decoded, call.images[row])
     latents = script_v3.encode_images(models.autoencoder, data.validation_images).flatten(1).numpy()
     pca = PCA(2, random_state=0).fit(latents)
-    np.testing.assert_array_equal(call.labels, data.validation_labels)
-    np.testing.assert_allclose(call.scatter, pca.transform(latents), atol=1e-3)
+    shown = len(call.scatter)
+    np.testing.assert_array_equal(call.labels, data.validation_labels[:shown])
+    np.testing.assert_allclose(call.scatter, pca.transform(latents[:shown]), atol=1e-3)
     np.testing.assert_allclose(call.path, pca.transform(states[:, 0].flatten(1).numpy()), atol=1e-3)
 
 
@@ -227,14 +234,31 @@ def test_path_is_drawn_with_its_ends_marked_and_its_times_told(drawn, label):
         np.testing.assert_allclose(place, call.path[round((1 - int(text[2:]) / 1000) * (len(call.path) - 1))])
 
 
+def time_labels_collide(figure):
+    """Whether any two of the time labels along the path overlap."""
+    figure.axes[1].get_ylim()  # settles the limits, as drawing does
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = []
+    for text in figure.axes[1].texts:
+        if text.get_text():
+            text.update_positions(renderer)
+            boxes.append(Text.get_window_extent(text, renderer))  # an annotation's own holds its arrow too
+    assert len(boxes) > 3
+    return any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
 @pytest.mark.parametrize("label", LABELS)
 def test_labels_of_times_do_not_collide(drawn, label):
-    figure = drawn.path_figure[label].result
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    texts = [text for text in figure.axes[1].texts if text.get_text()]
-    boxes = [Text.get_window_extent(text, renderer) for text in texts]  # an annotation's own holds its arrow too
-    for index, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:index])
+    assert not time_labels_collide(drawn.path_figure[label].result)
+
+
+@pytest.mark.parametrize("distance", [1, 10, 100])
+def test_labels_of_times_do_not_collide_on_a_path_from_afar(script_v3, distance):
+    rng = np.random.default_rng(0)
+    path = distance * np.linspace(1, 0, 21)[:, None] ** 3 * [1, 0.5]  # slow at the end, where labels crowd
+    images = torch.zeros(2, 11, 1, 28, 28, dtype=torch.uint8)
+    labels = rng.integers(0, 10, 200)
+    assert not time_labels_collide(script_v3.path_figure(images, path, rng.normal(size=(200, 2)), labels, "title", 3))
 
 
 # The grids
