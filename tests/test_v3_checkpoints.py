@@ -94,6 +94,12 @@ def readable(module, output):
     return names
 
 
+def metrics_are_whole(output):
+    """Whether metrics.csv ends with a line break, and all its lines have as many fields."""
+    lines = (output / "metrics.csv").read_text().split("\n")
+    return lines.pop() == "" and len({line.count(",") for line in lines}) == 1
+
+
 @pytest.fixture(scope="module")
 def short(module, tiny_data_dir, tmp_path_factory):
     """The end of an undisturbed short run, and the file operations that it made."""
@@ -118,6 +124,7 @@ def test_kill_at_any_file_operation_of_a_save(module, short, tiny_data_dir, tmp_
             run(module, arguments)
         whole = readable(module, output)
         assert bool(whole) == (number >= first_save), names[number]
+        assert metrics_are_whole(output), names[number]
         capsys.readouterr()
         assert run(module, arguments) == 0, names[number]
         assert ("resumed" in capsys.readouterr().out) == bool(whole), names[number]
@@ -143,6 +150,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
         assert len(error.splitlines()) == 1, error
         assert "No space left on device" in error
         assert "last.pt" in readable(module, output)
+        assert metrics_are_whole(output)
         assert list(output.rglob("*.tmp")) == []  # half a file would only fill the disk further
         assert run(module, flags(output, tiny_data_dir, **SHORT)) == 0
         assert differences(expected, read(output)) == []

@@ -132,6 +132,20 @@ def test_figures_and_samples_do_not_touch_the_training(module, undisturbed, monk
     assert differences(read(undisturbed), read(tmp_path)) == []
 
 
+def test_validation_has_a_noise_of_its_own(module):
+    """Validation losses of one model are equal whatever happened before, and training's noise goes on unharmed."""
+    config, cpu = module.Config(width=8, autoencoder_width=8, epochs=1, autoencoder_epochs=1), torch.device("cpu")
+    for stage, shape in zip(module.build_stages(config, 20, cpu), [(1, 28, 28), (config.latent_channels, 7, 7)]):
+        held_out = [torch.randint(0, 256, (20, *shape)), torch.arange(20) % 10]
+        losses = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            losses.append(module.validation_loss(stage, held_out))
+            assert torch.equal(torch.get_rng_state(), before)
+        assert losses[0] == losses[1] == losses[2]
+
+
 def test_finished_run_trains_nothing_and_draws_again(module, finished, monkeypatch, tiny_data_dir):
     before, epochs = (finished / "checkpoints" / "last.pt").read_bytes(), []
     monkeypatch.setattr(module, "train_step", lambda *args: pytest.fail("a step was trained"))
