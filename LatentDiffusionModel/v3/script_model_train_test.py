@@ -671,8 +671,10 @@ def save_checkpoint(content: dict, folder: Path) -> None:
     os.replace(folder / "new.pt", folder / "last.pt")
     if os.name == "posix":  # the renames must reach the disk too
         descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -680,8 +682,8 @@ def read_checkpoint(path: Path) -> dict:
     file = io.BytesIO(path.read_bytes())
     try:
         with zipfile.ZipFile(file) as archive:  # torch.load skips the CRCs
-            if archive.testzip() is not None:
-                raise ValueError("a checksum is wrong")
+            if archive.testzip() is not None or any(entry.external_attr for entry in archive.infolist()):
+                raise ValueError("a checksum or an attribute is wrong")  # as a folder an entry would read as nothing
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not {"format", "version"} <= content.keys():
@@ -1427,7 +1429,8 @@ def exit_status(main_function: Callable[[], None]) -> int:
         print("error: the device is out of memory: smaller batches or widths need less", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename}; any earlier checkpoint stands", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}; any earlier checkpoint stands", file=sys.stderr)
         return 1
 
 
