@@ -1127,6 +1127,7 @@ def path_figure(
     bottom.set(xlabel="first principal component", ylabel="second principal component")
     bottom.set_title("sample 1 on its way from noise (square) to image (star) among validation images", fontsize=10)
     times, every = np.linspace(1000, 0, len(path)), max(1, len(path) // 5)
+    bottom.autoscale_view()  # the labels' places depend on the limits
     place_labels(bottom, path, {step: f"t={times[step]:.0f}" for step in range(0, len(path), every)})
     return figure
 
