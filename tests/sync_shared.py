@@ -19,7 +19,23 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PATTERNS = [f"{family}/*/script_model_train_test.py" for family in ("ImageDiffusionModel", "LatentDiffusionModel")]
 
 # Names that mean something else in each script, and why that is right. An entry that is no longer needed is an error.
-EXCEPTIONS: dict[str, str] = {}
+EXCEPTIONS = {
+    "VERSION": "the script's own name",
+    "OUTPUTS": "each has its own figures",
+    "QUICK": "each has its own widths and stages",
+    "RECIPES": "each has its own epochs",
+    "Config": "each has its own settings",
+    "TrainedModels": "each has its own models",
+    "sample": "each has its own sampler",
+    "draw_trajectories": "each has its own process",
+    "save_all_figures": "each has its own figures",
+    "build_stages": "each has its own models and losses",
+    "run_training": "each has its own stages",
+    "generate_samples": "a conditional script's takes labels, an unconditional one's a count",
+    "save_requested_samples": "a conditional script's may be of one class",
+    "export_samples": "a conditional script's have labels",
+    "main": "a conditional script's has --class",
+}
 
 
 def find_scripts(repository=REPOSITORY):

@@ -29,7 +29,9 @@ class Networks:
         stages = script.build_stages(self.config, 100, torch.device("cpu"))
         self.objective, self.denoiser = [stage.model for stage in stages]
         self.autoencoder = self.objective.autoencoder
-        self.latents = script.seeded_noise(script.NULL_CLASS + 1, self.config, torch.device("cpu"))
+        self.latents = script.seeded_noise(
+            (script.NULL_CLASS + 1, self.config.latent_channels, 7, 7), self.config.sampling_seed, torch.device("cpu")
+        )
         self.times = torch.linspace(0, 1000, len(self.latents))
         self.classes = script.class_weights(torch.arange(len(self.latents)))  # each class once, the null class last
 

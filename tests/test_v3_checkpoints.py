@@ -14,7 +14,7 @@ import zipfile
 import pytest
 import torch
 
-from v3_runs import act_at_step, differences, flags, load_without_figures, read, run, steps
+from script_runs import act_at_step, differences, flags, load_without_figures, read, run, steps
 
 SHORT = {"train_images": 16, "autoencoder_epochs": 1, "epochs": 1}  # one step a stage, so two saves a run
 
@@ -32,7 +32,7 @@ def module():
 def undisturbed(module, tiny_data_dir, tmp_path_factory):
     """Output folder of a finished run, with last.pt and previous.pt. Copy it before you change it."""
     output = tmp_path_factory.mktemp("undisturbed")
-    assert run(module, flags(output, tiny_data_dir)) == 0
+    assert run(module, flags(module, output, tiny_data_dir)) == 0
     return output
 
 
@@ -106,7 +106,7 @@ def short(module, tiny_data_dir, tmp_path_factory):
     output = tmp_path_factory.mktemp("short")
     with pytest.MonkeyPatch.context() as patch:
         operations = fail_at(patch, module, -1, None)
-        assert run(module, flags(output, tiny_data_dir, **SHORT)) == 0
+        assert run(module, flags(module, output, tiny_data_dir, **SHORT)) == 0
     return read(output), operations
 
 
@@ -118,7 +118,7 @@ def test_kill_at_any_file_operation_of_a_save(module, short, tiny_data_dir, tmp_
     monkeypatch.setattr(module, "announce_plan", lambda *args: None)  # its trial steps take time
     for number in range(first_save - 1, len(names)):
         output = tmp_path / str(number)
-        arguments = flags(output, tiny_data_dir, **SHORT)
+        arguments = flags(module, output, tiny_data_dir, **SHORT)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             fail_at(patch, module, number, Killed())
             run(module, arguments)
@@ -145,14 +145,14 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
         capsys.readouterr()
         with pytest.MonkeyPatch.context() as patch:
             fail_at(patch, module, number, full)
-            assert run(module, flags(output, tiny_data_dir, **SHORT)) == 1
+            assert run(module, flags(module, output, tiny_data_dir, **SHORT)) == 1
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1, error
         assert "No space left on device" in error
         assert "last.pt" in readable(module, output)
         assert metrics_are_whole(output)
         assert list(output.rglob("*.tmp")) == []  # half a file would only fill the disk further
-        assert run(module, flags(output, tiny_data_dir, **SHORT)) == 0
+        assert run(module, flags(module, output, tiny_data_dir, **SHORT)) == 0
         assert differences(expected, read(output)) == []
 
 
@@ -161,7 +161,7 @@ def test_full_disk_while_figures_are_drawn_is_one_line(module, tiny_data_dir, ou
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output / "samples.png"))
 
     monkeypatch.setattr(module, "save_all_figures", save_all_figures)
-    assert run(module, flags(output, tiny_data_dir)) == 1
+    assert run(module, flags(module, output, tiny_data_dir)) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "No space left on device" in error
@@ -261,7 +261,7 @@ def test_strange_file_in_the_place_of_all_checkpoints(module, whole, tiny_data_d
     content = strange_files(marker, whole[1])[kind]
     for name in ("last.pt", "previous.pt"):
         (folder / name).write_bytes(content)
-    assert run(module, flags(tmp_path / "output", tiny_data_dir)) == 2
+    assert run(module, flags(module, tmp_path / "output", tiny_data_dir)) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "--fresh" in error
@@ -295,7 +295,7 @@ def test_damaged_last_checkpoint_falls_back_to_the_previous(module, whole, tiny_
     real, trained = module.train_step, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "train_step", lambda *args: trained.append(1) or real(*args))
-        assert run(module, flags(output, tiny_data_dir)) == 0
+        assert run(module, flags(module, output, tiny_data_dir)) == 0
     assert len(trained) == 3  # those since the previous checkpoint
     warnings = [line for line in "".join(capsys.readouterr()).splitlines() if line.startswith("warning")]
     assert any(str(folder / "last.pt") in line for line in warnings)
@@ -309,7 +309,7 @@ def test_damaged_last_checkpoint_falls_back_to_the_previous(module, whole, tiny_
 
 def test_damaged_previous_checkpoint_is_no_matter(module, whole, tiny_data_dir, output):
     (output / "checkpoints" / "previous.pt").write_bytes(b"garbage")
-    assert run(module, flags(output, tiny_data_dir, epochs=4)) == 0
+    assert run(module, flags(module, output, tiny_data_dir, epochs=4)) == 0
     assert readable(module, output) == ["last.pt", "previous.pt"]
     assert differences(whole[1], read(output, "previous.pt")) == []
 
@@ -324,9 +324,9 @@ def test_kill_after_falling_back_leaves_the_previous_checkpoint(module, whole, t
     for name in ("first", "second"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             act_at_step(patch, module, 2, killed)
-            run(module, flags(output, tiny_data_dir))
+            run(module, flags(module, output, tiny_data_dir))
         assert readable(module, output) == ["previous.pt"], name
-    assert run(module, flags(output, tiny_data_dir)) == 0
+    assert run(module, flags(module, output, tiny_data_dir)) == 0
     assert differences(whole[1], read(output)) == []
 
 
@@ -343,7 +343,7 @@ def test_checkpoint_of_something_else_is_refused(module, whole, tiny_data_dir, o
     """Falling back to previous.pt would be wrong: both are whole, and this is the wrong program for them."""
     content = saved({**whole[1], **change})
     (output / "checkpoints" / "last.pt").write_bytes(content)
-    assert run(module, flags(output, tiny_data_dir)) == 2
+    assert run(module, flags(module, output, tiny_data_dir)) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert message in error
@@ -352,7 +352,7 @@ def test_checkpoint_of_something_else_is_refused(module, whole, tiny_data_dir, o
 
 
 def test_checkpoint_of_another_configuration_lists_the_fields(module, whole, tiny_data_dir, output, capsys):
-    assert run(module, flags(output, tiny_data_dir, seed=3, width=24, sampling_steps=4)) == 2
+    assert run(module, flags(module, output, tiny_data_dir, seed=3, width=24, sampling_steps=4)) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     for part in ("seed", "3", "width", "8", "24", "--fresh", "--output-dir"):
@@ -362,6 +362,6 @@ def test_checkpoint_of_another_configuration_lists_the_fields(module, whole, tin
 
 
 def test_fresh_moves_the_old_run_aside(module, whole, tiny_data_dir, output):
-    assert run(module, [*flags(output, tiny_data_dir, **SHORT, seed=3), "--fresh"]) == 0
+    assert run(module, [*flags(module, output, tiny_data_dir, **SHORT, seed=3), "--fresh"]) == 0
     assert steps(output) == {"autoencoder": 1, "diffusion": 1}
     assert whole[0] in [path.read_bytes() for path in output.rglob("last.pt")]

@@ -1,9 +1,7 @@
 """v3's command line: it explains itself, answers mistakes with one line, and works wherever and however it is run."""
 
 import dataclasses
-import io
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -18,8 +16,8 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import calculate_md5
 
-from conftest import ARCHIVES, SCRIPT_V3, run_script
-from v3_runs import TINY, flags, load_without_figures, read, run
+from conftest import ARCHIVES, SCRIPT_V3
+from script_runs import flags, load_without_figures, read, run, tiny_settings
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
@@ -33,7 +31,7 @@ def module():
 def trained(module, tiny_data_dir, tmp_path_factory):
     """Output folder of a finished run. Copy it before you change it."""
     output = tmp_path_factory.mktemp("trained")
-    assert run(module, flags(output, tiny_data_dir, autoencoder_epochs=1, epochs=1)) == 0
+    assert run(module, flags(module, output, tiny_data_dir, autoencoder_epochs=1, epochs=1)) == 0
     return output
 
 
@@ -70,53 +68,6 @@ def no_network(monkeypatch):
 def data(tiny_data_dir, tmp_path):
     """A copy of the tiny data set's raw folder, to be damaged; `data.parents[1]` goes to --data-dir."""
     return shutil.copytree(tiny_data_dir, tmp_path / "data") / "FashionMNIST" / "raw"
-
-
-def options(module):
-    """The help of each flag, white space collapsed."""
-    text = help_text(module)
-    parts = re.split(r"\n  (?=-)", text)
-    return {re.match(r"(?:-h, )?--([a-z-]+)", part)[1]: " ".join(part.split()) for part in parts[1:]}
-
-
-def help_text(module):
-    stream = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "200")
-        patch.setattr(sys, "stdout", stream)
-        with pytest.raises(SystemExit) as exit_info:
-            module.parse_command_line(["--help"])
-    assert exit_info.value.code == 0
-    return stream.getvalue()
-
-
-# The help
-
-
-def test_help_tells_type_default_and_limits_of_every_field(module):
-    described = options(module)
-    for field in dataclasses.fields(module.Config):
-        text, default = described[field.name.replace("_", "-")], field.default
-        assert field.metadata["help"].replace("%%", "%") in text
-        assert repr(default) in text
-        if field.metadata["choices"]:
-            assert all(choice in text for choice in field.metadata["choices"])
-        else:
-            assert field.type.__name__ in text
-        if field.type in (int, float):
-            low, high = field.metadata["low"], field.metadata["high"]
-            assert low <= default <= high
-            assert f"{low:g} to {high:g}" in text
-
-
-def test_help_describes_the_other_flags_and_the_epochs_of_each_device(module):
-    described = options(module)
-    for name in ("fresh", "sample-only", "export-samples", "quick", "class", "num-samples"):
-        assert len(described[name].split()) > 4, described[name]
-    for name in ("epochs", "autoencoder-epochs"):
-        for device in ("cpu", "cuda"):
-            recipe = module.with_recipe(module.Config(), torch.device(device))
-            assert re.search(rf"\b{getattr(recipe, name.replace('-', '_'))}\b", described[name])
 
 
 # Mistakes
@@ -157,17 +108,17 @@ def test_wrong_flag_is_answered_with_what_is_right(fails, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("name", ["width", "autoencoder-width"])
-def test_width_that_the_model_cannot_have_is_answered(fails, tiny_data_dir, tmp_path, name):
-    assert "multiple of 8" in fails(*flags(tmp_path, tiny_data_dir, **{name: 12}))
+def test_width_that_the_model_cannot_have_is_answered(module, fails, tiny_data_dir, tmp_path, name):
+    assert "multiple of 8" in fails(*flags(module, tmp_path, tiny_data_dir, **{name: 12}))
 
 
 @pytest.mark.parametrize("name", ["warp", "cuda:99"])
-def test_unknown_device_is_named(fails, tiny_data_dir, tmp_path, name):
-    assert repr(name) in fails(*flags(tmp_path, tiny_data_dir, device=name))
+def test_unknown_device_is_named(module, fails, tiny_data_dir, tmp_path, name):
+    assert repr(name) in fails(*flags(module, tmp_path, tiny_data_dir, device=name))
 
 
-def test_configuration_clash_lists_the_fields(fails, tiny_data_dir, output):
-    line = fails(*flags(output, tiny_data_dir, width=24, seed=9))
+def test_configuration_clash_lists_the_fields(module, fails, tiny_data_dir, output):
+    line = fails(*flags(module, output, tiny_data_dir, width=24, seed=9))
     assert "width" in line and "seed" in line
     assert "--fresh" in line and "--output-dir" in line
 
@@ -177,46 +128,48 @@ def test_sample_only_without_a_checkpoint_says_how_to_train_one(fails, tmp_path)
 
 
 @pytest.mark.parametrize("below", ["", "folder"])
-def test_output_path_that_is_a_file_is_named(fails, tiny_data_dir, tmp_path, below):
+def test_output_path_that_is_a_file_is_named(module, fails, tiny_data_dir, tmp_path, below):
     (tmp_path / "file").write_text("precious")
-    assert str(tmp_path / "file") in fails(*flags(tmp_path / "file" / below, tiny_data_dir))
+    assert str(tmp_path / "file") in fails(*flags(module, tmp_path / "file" / below, tiny_data_dir))
     assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_second_run_on_one_output_folder_is_turned_away(module, fails, tiny_data_dir, output):
     before = (output / "checkpoints" / "last.pt").read_bytes()
     with module.locked_output(output):
-        assert str(output) in fails(*flags(output, tiny_data_dir, epochs=5))
-        assert str(output) in fails(*flags(output, tiny_data_dir), "--fresh")
+        assert str(output) in fails(*flags(module, output, tiny_data_dir, epochs=5))
+        assert str(output) in fails(*flags(module, output, tiny_data_dir), "--fresh")
     assert (output / "checkpoints" / "last.pt").read_bytes() == before
-    assert run(module, flags(output, tiny_data_dir, autoencoder_epochs=1)) == 0  # the lock file is no lock
+    assert run(module, flags(module, output, tiny_data_dir, autoencoder_epochs=1)) == 0  # the lock file is no lock
 
 
 @pytest.mark.parametrize("mistake", ["--device=warp", "--data-dir=/dev/null", "--no-such-flag"])
-def test_mistake_beside_fresh_leaves_the_old_run_in_its_place(fails, no_network, tiny_data_dir, output, mistake):
-    fails(*flags(output, tiny_data_dir), "--fresh", mistake)
+def test_mistake_beside_fresh_leaves_the_old_run_in_its_place(
+    module, fails, no_network, tiny_data_dir, output, mistake
+):
+    fails(*flags(module, output, tiny_data_dir), "--fresh", mistake)
     assert (output / "checkpoints" / "last.pt").exists()
 
 
 # Data
 
 
-def test_no_data_and_no_network_names_the_files_and_the_folder(fails, no_network, tmp_path):
-    line = fails(*flags(tmp_path / "output", tmp_path / "data"))
+def test_no_data_and_no_network_names_the_files_and_the_folder(module, fails, no_network, tmp_path):
+    line = fails(*flags(module, tmp_path / "output", tmp_path / "data"))
     for part in [*ARCHIVES, str(tmp_path / "data" / "FashionMNIST" / "raw"), "zalandoresearch/fashion-mnist"]:
         assert part in line
 
 
-def test_damaged_archive_names_the_files(fails, no_network, data, tmp_path):
+def test_damaged_archive_names_the_files(module, fails, no_network, data, tmp_path):
     for name in ARCHIVES:
         (data / name.removesuffix(".gz")).unlink()
     (data / ARCHIVES[0]).write_bytes((data / ARCHIVES[0]).read_bytes()[:-100])
-    line = fails(*flags(tmp_path / "output", data.parents[1]))
+    line = fails(*flags(module, tmp_path / "output", data.parents[1]))
     assert ARCHIVES[0] in line and str(data) in line
 
 
 @pytest.mark.parametrize("kind", ["folder in its place", "data folder is a file"])
-def test_unreadable_data_is_named(fails, no_network, data, tmp_path, kind):
+def test_unreadable_data_is_named(module, fails, no_network, data, tmp_path, kind):
     if kind == "folder in its place":
         path, root = data / "train-images-idx3-ubyte", data.parents[1]
         path.unlink()
@@ -224,7 +177,7 @@ def test_unreadable_data_is_named(fails, no_network, data, tmp_path, kind):
     else:
         path = root = tmp_path / "file"
         path.write_text("no folder")
-    assert str(path) in fails(*flags(tmp_path / "output", root))
+    assert str(path) in fails(*flags(module, tmp_path / "output", root))
 
 
 @pytest.mark.parametrize("kind", ["cut short", "empty", "wrong kind"])
@@ -269,7 +222,7 @@ def test_number_of_samples_is_the_number_drawn(module, output, monkeypatch):
 
 def test_sample_only_without_a_class_draws_all_figures_and_trains_nothing(module, tiny_data_dir, output, monkeypatch):
     drawn, before = [], (output / "checkpoints" / "last.pt").read_bytes()
-    monkeypatch.setattr(module, "save_all_figures", lambda *args: drawn.append(args[-1]))
+    monkeypatch.setattr(module, "save_all_figures", lambda *args: drawn.append(args[0].epoch))
     arguments = [f"--output-dir={output}", f"--data-dir={tiny_data_dir}", "--device=cpu", "--sample-only"]
     assert run(module, [*arguments, "--epochs=9"]) == 0
     assert drawn == [1]
@@ -302,8 +255,8 @@ def test_exported_samples(module, output):
 
 
 def test_sampling_flags_reach_the_sampler(module, output, monkeypatch):
-    used, real = [], module.sample_latents
-    monkeypatch.setattr(module, "sample_latents", lambda *args: used.append(args[3]) or real(*args))
+    used, real = [], module.sample
+    monkeypatch.setattr(module, "sample", lambda *args: used.append(args[3]) or real(*args))
     export(module, output, 10, "--sampler=euler", "--sampling-steps=2", "--guidance-scale=20")
     assert [(config.sampler, config.sampling_steps, config.guidance_scale) for config in used] == [("euler", 2, 20)]
 
@@ -319,46 +272,10 @@ def test_import_does_nothing(tmp_path):
     assert os.listdir(tmp_path) == [os.path.basename(path)]
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_data_dir, tmp_path_factory):
-    """The script alone in a folder with an unusual name, run there with --quick: the folder, and the finished run."""
-    folder = tmp_path_factory.mktemp("alone") / "größer als – 小さい"
-    folder.mkdir()
-    shutil.copy(SCRIPT_V3, folder / "my experiment.py")
-    environment = {"MPLBACKEND": "TkAgg", "DISPLAY": "nowhere:7", "PYTHONDONTWRITEBYTECODE": "1"}
-    arguments = ["--quick", "--data-dir", tiny_data_dir, "--device", "cpu"]
-    return folder, run_script(folder / "my experiment.py", *arguments, cwd="/", env=environment)
-
-
-def test_script_alone_runs_the_whole_pipeline(alone):
-    folder, done = alone
-    assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(folder)) == ["my experiment.py", "output"]  # all that a run writes lies there
-    output = folder / "output" / "quick"
-    assert len(list((output / "diffusion_animation").glob("*.gif"))) == 10
-    assert len(list((output / "denoise_with_diffusion_path").glob("*.png"))) == 10
-    for name in ("samples", "reconstruction", "latent_space", "interpolation", "guidance", "nearest_neighbours"):
-        assert list((output / name).glob("*.png")), name
-    for name in ("loss_curves.png", "metrics.csv", "checkpoints/last.pt"):
-        assert (output / name).is_file()
-
-
-def test_output_without_a_terminal_is_plain_lines(alone):
-    folder, done = alone
-    assert done.stderr == ""
-    assert "\r" not in done.stdout and "\x1b" not in done.stdout
-    first = done.stdout.splitlines()[0]
-    for part in ("LatentDiffusionModel/v3", "cpu", torch.__version__, "fresh", str(folder / "output")):
-        assert part in first
-    for part in ("autoencoder: epoch 1 of 1", "diffusion: epoch 2 of 2", "images/s", "loss", "parameters"):
-        assert part in done.stdout
-
-
-def test_reader_that_goes_away_gets_no_traceback(alone):
-    """As in `python script.py --quick | head -1`: the pipe is closed after the first line."""
-    folder, _ = alone
+def test_reader_that_goes_away_gets_no_traceback(output):
+    """As in `python script.py | head -1`: the pipe is closed after the first line."""
     process = subprocess.Popen(
-        [sys.executable, folder / "my experiment.py", "--quick", "--sample-only", "--num-samples=300", "--device=cpu"],
+        [sys.executable, SCRIPT_V3, f"--output-dir={output}", "--sample-only", "--num-samples=300", "--device=cpu"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     assert b"LatentDiffusionModel/v3" in process.stdout.readline()
@@ -368,15 +285,13 @@ def test_reader_that_goes_away_gets_no_traceback(alone):
 
 
 def test_flags_of_the_tiny_runs_are_those_of_the_script(module, trained):
-    """The ruler of these tests: TINY would be worth nothing if the script ignored it."""
-    config = read(trained)["config"]
-    assert {name: config[name.replace("-", "_")] for name in ("train-images", "batch-size", "width")} == {
-        name: TINY[name] for name in ("train-images", "batch-size", "width")
-    }
+    """The ruler of these tests: tiny settings would be worth nothing if the script ignored them."""
+    config, tiny = read(trained)["config"], tiny_settings(module.Config)
+    assert tiny.keys() > {"train_images", "batch_size", "autoencoder_batch_size", "width", "epochs"}
+    assert {name: config[name] for name in tiny} == tiny | {"autoencoder_epochs": 1, "epochs": 1}
 
 
 def test_data_on_disk_needs_no_network(module, tiny_data_dir, monkeypatch):
-
     def connect(*args):
         pytest.fail("a connection was opened")
 

@@ -52,7 +52,7 @@ def models(script_v3):
     """Small models in evaluation mode, whose zero-initialised layers have been moved off zero."""
     config = script_v3.Config(**{**script_v3.QUICK, "width": 8, "sampling_steps": 2, "guidance_scale": 1.5})
     objective, denoiser = [stage.ema.module for stage in script_v3.build_stages(config, 100, CPU)]
-    return script_v3.TrainedModels(perturb(objective).autoencoder, perturb(denoiser, 0.2), config)
+    return script_v3.TrainedModels(perturb(objective).autoencoder, perturb(denoiser, 0.2), config, HISTORY)
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +73,18 @@ def surroundings(models):
 @pytest.fixture(scope="module")
 def drawn(script_v3, models, data, tmp_path_factory):
     """The folder of a full set of figures, the calls behind it, and the surroundings before and after."""
-    names = ["sample_latents", "save_animation", "path_figure", "save_grid"]
+    names = ["sample", "save_animation", "path_figure", "draw_grid", "save_grid"]
     with pytest.MonkeyPatch.context() as monkeypatch:
         calls = {name: watch(monkeypatch, script_v3, name) for name in names}
         folder, before = tmp_path_factory.mktemp("figures"), surroundings(models)
-        script_v3.save_all_figures(models, data, HISTORY, folder, EPOCH)
+        script_v3.save_all_figures(models, data, folder)
     return SimpleNamespace(folder=folder, before=before, after=surroundings(models), **calls)
 
 
 @pytest.fixture(scope="module")
 def trajectories(script_v3, drawn):
     """By class: the states (S + 1, rows, C, 7, 7) of the trajectories that its animation and path figure show."""
-    [call] = [call for call in drawn.sample_latents if len(call.result) == script_v3.PATH_STEPS + 1]
+    [call] = [call for call in drawn.sample if len(call.result) == script_v3.PATH_STEPS + 1]
     states, labels = torch.stack(call.result), call.classes.argmax(1)
     assert torch.equal(call.classes, script_v3.class_weights(labels))
     return [states[:, labels == label] for label in LABELS]
@@ -165,8 +165,11 @@ def test_animation_is_a_sound_gif_of_its_pictures(drawn, label):
     assert 2000 < sum(milliseconds) < 10_000
 
 
-def test_captions_name_the_class(script_v3, drawn):
+def test_captions_name_the_class_and_the_time(script_v3, drawn):
     assert [call.title for call in drawn.save_animation] == list(script_v3.CLASS_NAMES)
+    for call in drawn.save_animation:
+        times = np.linspace(1000, 0, len(call.trajectory))
+        assert call.captions == [f"t = {t:.0f}" for t in times]
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -206,11 +209,14 @@ def test_path_is_the_trajectory_drawn_above_it(script_v3, drawn, models, data, t
     assert script_v3.CLASS_NAMES[label] in call.title
     rows, columns = call.images.shape[:2]
     assert rows == states.shape[1] > 1
-    every, rest = divmod(len(states) - 1, columns - 1)
-    assert rest == 0  # the columns' times are evenly spaced from 1000 to 0
+    assert columns == len(states)
     for row in range(rows):
-        decoded = script_v3.decode_images(models.autoencoder, states[::every, row])
-        assert_same_pictures(decoded, call.images[row])
+        assert_same_pictures(script_v3.decode_images(models.autoencoder, states[:, row]), call.images[row])
+    [top] = [grid for grid in drawn.draw_grid if grid.axes is call.result.axes[0]]
+    every, rest = divmod(columns - 1, top.images.shape[1] - 1)
+    assert rest == 0  # the columns' times are evenly spaced from 1000 to 0
+    assert torch.equal(top.images, call.images[:, ::every])
+    assert top.columns == [f"t={t:.0f}" for t in np.linspace(1000, 0, top.images.shape[1])]
     latents = script_v3.encode_images(models.autoencoder, data.validation_images).flatten(1).numpy()
     pca = PCA(2, random_state=0).fit(latents)
     shown = len(call.scatter)
@@ -256,9 +262,9 @@ def test_labels_of_times_do_not_collide(drawn, label):
 def test_labels_of_times_do_not_collide_on_a_path_from_afar(script_v3, distance):
     rng = np.random.default_rng(0)
     path = distance * np.linspace(1, 0, 21)[:, None] ** 3 * [1, 0.5]  # slow at the end, where labels crowd
-    images = torch.zeros(2, 11, 1, 28, 28, dtype=torch.uint8)
-    labels = rng.integers(0, 10, 200)
-    assert not time_labels_collide(script_v3.path_figure(images, path, rng.normal(size=(200, 2)), labels, "title", 3))
+    images, captions = torch.zeros(2, 21, 1, 28, 28, dtype=torch.uint8), [f"t = {t}" for t in range(1000, -1, -50)]
+    scatter, labels = rng.normal(size=(200, 2)), rng.integers(0, 10, 200)
+    assert not time_labels_collide(script_v3.path_figure(images, path, captions, scatter, labels, "title", 3))
 
 
 # The grids
@@ -297,7 +303,7 @@ def test_interpolations_go_from_noise_to_noise_and_from_class_to_class(script_v3
     noises, classes = [grid_of(drawn, f"/interpolation/{name}") for name in ("noises", "classes")]
     columns = len(noises.columns)
     sizes = [len(grid.images) * columns for grid in (noises, classes)]
-    by_noise, by_class = [next(call for call in drawn.sample_latents if len(call.noise) == size) for size in sizes]
+    by_noise, by_class = [next(call for call in drawn.sample if len(call.noise) == size) for size in sizes]
     arcs = by_noise.noise.unflatten(0, (-1, columns))
     assert (abs(arcs.flatten(2).std(dim=2) - 1) < 0.2).all()  # noise all along; a straight line would shrink it
     assert (arcs.diff(dim=1).flatten(2).norm(dim=2) > 1).all()
@@ -316,7 +322,7 @@ def test_nearest_neighbours_are_the_nearest(script_v3, models, data, monkeypatch
     calls = watch(monkeypatch, script_v3, "save_grid")
     samples = script_v3.generate_samples(models, torch.arange(10))
     images = torch.cat([data.train_images, samples, data.train_images[:7]])
-    script_v3.save_nearest_neighbours(models, images, tmp_path / "neighbours.png")
+    script_v3.save_nearest_neighbours(models, images, tmp_path)
     [call] = calls
     distances = (call.images[:, :1].float() - call.images.float()).square().sum(dim=(2, 3, 4))
     assert not distances[:, 1].any()  # the sample itself, which is among the images here

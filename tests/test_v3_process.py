@@ -99,7 +99,7 @@ def test_samples_have_mean_and_covariance_of_their_class(script_v3, sampler, tol
 
     def sample(noise):
         classes = script_v3.class_weights(torch.full((len(noise),), label))
-        return script_v3.sample_latents(GaussianDenoiser(), classes, noise, config, steps)[-1]
+        return script_v3.sample(GaussianDenoiser(), classes, noise, config, steps)[-1]
 
     matrix, offset = affine_map(sample)
     # The classes share a covariance, so guidance moves the mean along the line through both means and no more.
@@ -111,8 +111,8 @@ def test_samples_have_mean_and_covariance_of_their_class(script_v3, sampler, tol
 def test_configuration_sets_the_number_of_steps(script_v3):
     config = script_v3.Config(sampling_steps=3)
     noise, classes = torch.zeros(1, 4, 1, 1).double(), script_v3.class_weights(torch.tensor([0]))
-    assert len(script_v3.sample_latents(GaussianDenoiser(), classes, noise, config)) == 4
-    assert len(script_v3.sample_latents(GaussianDenoiser(), classes, noise, config, 5)) == 6
+    assert len(script_v3.sample(GaussianDenoiser(), classes, noise, config)) == 4
+    assert len(script_v3.sample(GaussianDenoiser(), classes, noise, config, 5)) == 6
 
 
 def test_interpolation_is_a_straight_line_from_data_to_noise(script_v3):
@@ -253,7 +253,7 @@ def test_guidance_weighs_the_class_against_no_class(script_v3):
     conditional, unconditional = denoiser(x, times, classes), denoiser(x, times, null)
 
     def guided(scale):
-        return script_v3.guided_velocity(denoiser, classes, scale)(x, t)
+        return script_v3.guided(denoiser, classes, scale)(x, t)
 
     assert torch.equal(guided(1.0), conditional)
     assert torch.equal(guided(0.0), unconditional)

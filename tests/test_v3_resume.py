@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import SCRIPT_V3, load_script
-from v3_runs import (
+from script_runs import (
     RealRun,
     act_at_step,
     differences,
@@ -36,7 +36,7 @@ def module():
 def undisturbed(module, tiny_data_dir, tmp_path_factory):
     """Output folder of a run that nothing has interrupted. Copy it before you change it."""
     output = tmp_path_factory.mktemp("undisturbed")
-    assert run(module, flags(output, tiny_data_dir)) == 0
+    assert run(module, flags(module, output, tiny_data_dir)) == 0
     assert steps(output) == {"autoencoder": 6, "diffusion": 9}
     return output
 
@@ -57,7 +57,7 @@ def interrupted_run(module, arguments, step):
 # Steps 1 to 6 are the autoencoder's, 7 to 15 the diffusion's; 3 ends an epoch, 6 and 15 a stage.
 @pytest.mark.parametrize("at", [[1], [3], [6], [7], [15], *([step] for step in RANDOM_STEPS), [2, 8]])
 def test_interrupted_run_ends_with_the_same_bits(module, undisturbed, tiny_data_dir, tmp_path, at):
-    arguments, done = flags(tmp_path, tiny_data_dir), 0
+    arguments, done = flags(module, tmp_path, tiny_data_dir), 0
     for step in at:
         assert interrupted_run(module, arguments, step - done) == 130
         assert sum(steps(tmp_path).values()) == step  # nothing is lost
@@ -67,13 +67,13 @@ def test_interrupted_run_ends_with_the_same_bits(module, undisturbed, tiny_data_
 
 
 def test_checkpoints_within_an_epoch_do_not_change_the_bits(module, undisturbed, tiny_data_dir, tmp_path):
-    assert run(module, flags(tmp_path, tiny_data_dir, checkpoint_minutes=0)) == 0
+    assert run(module, flags(module, tmp_path, tiny_data_dir, checkpoint_minutes=0)) == 0
     assert differences(read(undisturbed), read(tmp_path)) == []
     assert steps(tmp_path)["diffusion"] - 1 == read(tmp_path, "previous.pt")["stages"]["diffusion"]["step"]
 
 
 def test_another_seed_changes_the_bits(module, undisturbed, tiny_data_dir, tmp_path):
-    assert run(module, flags(tmp_path, tiny_data_dir, seed=1)) == 0
+    assert run(module, flags(module, tmp_path, tiny_data_dir, seed=1)) == 0
     a, b = read(undisturbed)["stages"], read(tmp_path)["stages"]
     for stage in a:
         assert differences(a[stage]["model"], b[stage]["model"])
@@ -91,10 +91,10 @@ def test_signal_late_in_a_step_loses_nothing(module, undisturbed, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "add_loss", interrupted_add_loss)
-        assert run(module, flags(tmp_path, tiny_data_dir)) == 143
+        assert run(module, flags(module, tmp_path, tiny_data_dir)) == 143
     stage, done = [(name, done) for name, done in steps(tmp_path).items() if done][-1]
     assert f"{stage}, step {done} of" in capsys.readouterr().err
-    assert run(module, flags(tmp_path, tiny_data_dir)) == 0
+    assert run(module, flags(module, tmp_path, tiny_data_dir)) == 0
     assert differences(read(undisturbed), read(tmp_path)) == []
 
 
@@ -109,7 +109,7 @@ def test_signal_in_the_last_picture_of_a_stage_is_heeded(module, monkeypatch, ti
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(module, saver, interrupted_saver)
-    assert run(module, flags(tmp_path, tiny_data_dir)) == 130
+    assert run(module, flags(module, tmp_path, tiny_data_dir)) == 130
 
 
 def test_figures_and_samples_do_not_touch_the_training(module, undisturbed, monkeypatch, tiny_data_dir, tmp_path):
@@ -120,14 +120,14 @@ def test_figures_and_samples_do_not_touch_the_training(module, undisturbed, monk
     drawn, real = [], fresh.save_all_figures
 
     def greedy_figures(*args):
-        drawn.append(args[-1])
+        drawn.append(args[0].epoch)
         torch.manual_seed(5)
         np.random.seed(5)
         torch.rand(1000)
         real(*args)
 
     monkeypatch.setattr(fresh, "save_all_figures", greedy_figures)
-    assert run(fresh, flags(tmp_path, tiny_data_dir, figures_every=2)) == 0
+    assert run(fresh, flags(module, tmp_path, tiny_data_dir, figures_every=2)) == 0
     assert drawn == [2, 3]
     assert differences(read(undisturbed), read(tmp_path)) == []
 
@@ -149,8 +149,8 @@ def test_validation_has_a_noise_of_its_own(module):
 def test_finished_run_trains_nothing_and_draws_again(module, finished, monkeypatch, tiny_data_dir):
     before, epochs = (finished / "checkpoints" / "last.pt").read_bytes(), []
     monkeypatch.setattr(module, "train_step", lambda *args: pytest.fail("a step was trained"))
-    monkeypatch.setattr(module, "save_all_figures", lambda *args: epochs.append(args[-1]))
-    assert run(module, flags(finished, tiny_data_dir)) == 0
+    monkeypatch.setattr(module, "save_all_figures", lambda *args: epochs.append(args[0].epoch))
+    assert run(module, flags(module, finished, tiny_data_dir)) == 0
     assert epochs == [3]
     assert (finished / "checkpoints" / "last.pt").read_bytes() == before
 
@@ -158,7 +158,7 @@ def test_finished_run_trains_nothing_and_draws_again(module, finished, monkeypat
 def test_finished_run_trains_on_with_more_epochs(module, finished, tiny_data_dir, tmp_path):
     once = shutil.copytree(finished, tmp_path / "interrupted")
     before = read(finished)
-    arguments = [flags(folder, tiny_data_dir, epochs=5) for folder in (finished, once)]
+    arguments = [flags(module, folder, tiny_data_dir, epochs=5) for folder in (finished, once)]
     assert run(module, arguments[0]) == 0
     after = read(finished)
     assert steps(finished) == {"autoencoder": 6, "diffusion": 15}
@@ -174,16 +174,16 @@ def test_finished_run_trains_on_with_more_epochs(module, finished, tiny_data_dir
 
 def test_autoencoder_epochs_change_before_the_second_stage_only(module, finished, capsys, tiny_data_dir, tmp_path):
     before = (finished / "checkpoints" / "last.pt").read_bytes()
-    assert run(module, flags(finished, tiny_data_dir, autoencoder_epochs=3)) == 2
+    assert run(module, flags(module, finished, tiny_data_dir, autoencoder_epochs=3)) == 2
     assert "--autoencoder-epochs" in capsys.readouterr().err
     assert (finished / "checkpoints" / "last.pt").read_bytes() == before
-    assert interrupted_run(module, flags(tmp_path, tiny_data_dir), 4) == 130
-    assert run(module, flags(tmp_path, tiny_data_dir, autoencoder_epochs=3)) == 0
+    assert interrupted_run(module, flags(module, tmp_path, tiny_data_dir), 4) == 130
+    assert run(module, flags(module, tmp_path, tiny_data_dir, autoencoder_epochs=3)) == 0
     assert steps(tmp_path) == {"autoencoder": 9, "diffusion": 9}
 
 
 def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_path):
-    arguments = flags(tmp_path, tiny_data_dir, seed=7, guidance_scale=2.5, autoencoder_epochs=1, epochs=2)
+    arguments = flags(module, tmp_path, tiny_data_dir, seed=7, guidance_scale=2.5, autoencoder_epochs=1, epochs=2)
     assert interrupted_run(module, arguments, 5) == 130
     config = read(tmp_path)["config"]
     assert (config["seed"], config["guidance_scale"]) == (7, 2.5)
@@ -194,7 +194,7 @@ def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_pat
 
 def test_quick_run_resumes_with_the_flags_it_began_with(module, tiny_data_dir, tmp_path):
     """--quick is itself a set of flags; on resuming they must not override what the run began with."""
-    arguments = flags(tmp_path, tiny_data_dir, width=24)
+    arguments = flags(module, tmp_path, tiny_data_dir, width=24)
     assert interrupted_run(module, arguments, 8) == 130
     assert run(module, ["--quick", f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}"]) == 0
     assert steps(tmp_path) == {"autoencoder": 6, "diffusion": 9}
@@ -219,7 +219,7 @@ def test_loss_that_is_not_finite_stops_the_run(module, monkeypatch, capsys, tiny
         return loss * float("nan") if len(calls) == 5 else loss
 
     monkeypatch.setattr(module, "train_step", poisoned_step)
-    assert run(module, flags(tmp_path, tiny_data_dir)) == 1
+    assert run(module, flags(module, tmp_path, tiny_data_dir)) == 1
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
     assert "autoencoder" in error
@@ -229,8 +229,8 @@ def test_loss_that_is_not_finite_stops_the_run(module, monkeypatch, capsys, tiny
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_ends_the_process_with_its_status_and_a_hint(tiny_data_dir, tmp_path, number, status):
-    real_run = RealRun(tmp_path, flags(tmp_path, tiny_data_dir, autoencoder_epochs=9999))
+def test_signal_ends_the_process_with_its_status_and_a_hint(module, tiny_data_dir, tmp_path, number, status):
+    real_run = RealRun(tmp_path, flags(module, tmp_path, tiny_data_dir, autoencoder_epochs=9999))
     real_run.wait_for("epoch 1 of")
     real_run.signal(number)
     code, error = real_run.end()
@@ -256,8 +256,8 @@ def dwell_in_step_5(module):
     module.train_step = train_step
 
 
-def test_second_ctrl_c_stops_at_once(tiny_data_dir, tmp_path):
-    real_run = RealRun(tmp_path, flags(tmp_path, tiny_data_dir), dwell_in_step_5)
+def test_second_ctrl_c_stops_at_once(module, tiny_data_dir, tmp_path):
+    real_run = RealRun(tmp_path, flags(module, tmp_path, tiny_data_dir), dwell_in_step_5)
     real_run.wait_for("busy")
     real_run.signal(signal.SIGINT)
     time.sleep(0.3)
@@ -272,7 +272,7 @@ def test_second_ctrl_c_stops_at_once(tiny_data_dir, tmp_path):
 @pytest.mark.parametrize("begun", [0, 6], ids=["autoencoder", "diffusion"])
 def test_killed_process_resumes_to_the_same_bits(module, undisturbed, tiny_data_dir, tmp_path, begun):
     """SIGKILL at moments that nobody chose, in either stage, while much of the time goes into saving."""
-    chance, arguments, codes = random.Random(begun), flags(tmp_path, tiny_data_dir, checkpoint_minutes=0), []
+    chance, arguments, codes = random.Random(begun), flags(module, tmp_path, tiny_data_dir, checkpoint_minutes=0), []
     if begun:
         assert interrupted_run(module, arguments, begun) == 130
     for _ in range(3):
@@ -290,5 +290,5 @@ def test_act_at_step_counts_from_one(module, monkeypatch, tiny_data_dir, tmp_pat
     """The ruler of the tests above."""
     acted = []
     act_at_step(monkeypatch, module, 15, lambda: acted.append(1))
-    assert run(module, flags(tmp_path, tiny_data_dir)) == 0
+    assert run(module, flags(module, tmp_path, tiny_data_dir)) == 0
     assert acted == [1]

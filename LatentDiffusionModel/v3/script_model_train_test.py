@@ -65,6 +65,7 @@ OUTPUTS = (
     "diffusion_animation", "denoise_with_diffusion_path", "guidance", "nearest_neighbours",
 )  # fmt: skip
 QUICK = {"train_images": 1280, "autoencoder_epochs": 1, "epochs": 2, "autoencoder_width": 8, "width": 16}  # --quick
+RECIPES = {"cpu": {"autoencoder_epochs": 2, "epochs": 8}, "gpu": {"autoencoder_epochs": 20, "epochs": 200}}
 
 
 def option(default, help: str, low=None, high=None, *, multiple=None, choices: tuple = (), resume: str = "match"):
@@ -110,11 +111,9 @@ class Config:
 
 
 def with_recipe(config: Config, device: torch.device) -> Config:
-    """Fills in the epochs that were left to the device."""
-    stage1, stage2 = (2, 8) if device.type == "cpu" else (20, 200)
-    return dataclasses.replace(
-        config, autoencoder_epochs=config.autoencoder_epochs or stage1, epochs=config.epochs or stage2
-    )
+    """Fills in the fields that were left to the device: those that are 0 and in its recipe."""
+    recipe = RECIPES["cpu" if device.type == "cpu" else "gpu"]
+    return dataclasses.replace(config, **{name: getattr(config, name) or value for name, value in recipe.items()})
 
 
 class ExperimentError(Exception):
@@ -555,12 +554,12 @@ def rectified_flow_loss(
     return F.mse_loss(denoiser(interpolate(x0, noise, t), t, classes), noise - x0)
 
 
-def guided_velocity(denoiser: nn.Module, classes: Tensor, guidance_scale: float) -> Callable[[Tensor, float], Tensor]:
-    """Returns v(x, t) = u + w (c - u) with the class weights `classes` (B, 11) (Ho & Salimans 2022, Eq. 6, w counted
-    so that 1 is the conditional model and 0 the unconditional one)."""
+def guided(denoiser: nn.Module, classes: Tensor, guidance_scale: float) -> Callable[[Tensor, float], Tensor]:
+    """Returns f(x, t) = u + w (c - u), c the denoiser's output for the class weights `classes` (B, 11) and u for none
+    (Ho & Salimans 2022, Eq. 6, w counted so that 1 is the conditional model and 0 the unconditional one)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
-    def velocity(x: Tensor, t: float) -> Tensor:
+    def guided_output(x: Tensor, t: float) -> Tensor:
         times = torch.full((len(x),), t, device=x.device)
         if guidance_scale in (0, 1):
             return denoiser(x, times, classes if guidance_scale == 1 else null)
@@ -568,7 +567,7 @@ def guided_velocity(denoiser: nn.Module, classes: Tensor, guidance_scale: float)
         conditional, unconditional = both.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    return velocity
+    return guided_output
 
 
 def integrate(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, steps: int, sampler: str) -> list[Tensor]:
@@ -589,22 +588,22 @@ def integrate(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, steps:
 
 
 @torch.inference_mode()
-def sample_latents(denoiser: nn.Module, classes: Tensor, noise: Tensor, config: Config, steps: int = 0) -> list[Tensor]:
+def sample(denoiser: nn.Module, classes: Tensor, noise: Tensor, config: Config, steps: int = 0) -> list[Tensor]:
     """The states from `noise` (B, C, 7, 7) at t=1000 to latents at t=0, for class weights `classes` (B, 11)."""
     with autocast(noise.device):
-        velocity = guided_velocity(denoiser, classes, config.guidance_scale)
+        velocity = guided(denoiser, classes, config.guidance_scale)
         return integrate(velocity, noise, steps or config.sampling_steps, config.sampler)
 
 
 @torch.inference_mode()
-def decode_images(autoencoder: Autoencoder, latents: Tensor, chunk: int = 500) -> Tensor:
+def decode_images(autoencoder: nn.Module, latents: Tensor, chunk: int = 500) -> Tensor:
     """Standardised latents (N, C, 7, 7) to uint8 images (N, 1, 28, 28)."""
     with autocast(latents.device):
         return torch.cat([to_uint8(autoencoder.decode(part)) for part in latents.split(chunk)])
 
 
 @torch.no_grad()
-def encode_images(autoencoder: Autoencoder, images: Tensor, chunk: int = 500) -> Tensor:
+def encode_images(autoencoder: nn.Module, images: Tensor, chunk: int = 500) -> Tensor:
     """uint8 images (N, 1, 28, 28) to standardised latents (N, C, 7, 7)."""
     with autocast(images.device):
         return torch.cat([autoencoder.encode(to_float(part)) for part in images.split(chunk)])
@@ -616,16 +615,37 @@ class TrainedModels(NamedTuple):
     autoencoder: Autoencoder
     denoiser: LatentUNet
     config: Config
+    history: list[dict]  # a row an epoch, as in metrics.csv
+
+    @classmethod
+    def of_stages(cls, stages: list["Stage"], config: Config, history: list[dict]) -> "TrainedModels":
+        """The models that `build_stages` made."""
+        autoencoder, diffusion = stages
+        return cls(autoencoder.ema.module.autoencoder, diffusion.ema.module, config, history)
 
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
+    @property
+    def epoch(self) -> int:
+        """Complete epochs of the diffusion stage."""
+        return sum(row["stage"] == "diffusion" for row in self.history)
 
-def seeded_noise(count: int, config: Config, device: torch.device) -> Tensor:
-    """Standard normal latents (count, C, 7, 7) from `config.sampling_seed`: the same on every device."""
-    generator = torch.Generator().manual_seed(derived_seed("sampling", config.sampling_seed))
-    return torch.randn((count, config.latent_channels, 7, 7), generator=generator).to(device)
+    def noise(self, count: int) -> Tensor:
+        """The noise (count, C, 7, 7) that samples start from."""
+        shape = (count, self.config.latent_channels, 7, 7)
+        return seeded_noise(shape, self.config.sampling_seed, self.device)
+
+    def decode(self, states: Tensor) -> Tensor:
+        """States (..., C, 7, 7) of the process to uint8 images (..., 1, 28, 28)."""
+        return decode_images(self.autoencoder, states.flatten(0, -4)).unflatten(0, states.shape[:-3])
+
+
+def seeded_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Standard normal noise from the sampling seed: the same on every device."""
+    generator = torch.Generator().manual_seed(derived_seed("sampling", seed))
+    return torch.randn(shape, generator=generator).to(device)
 
 
 def generate_samples(models: TrainedModels, labels: Tensor, chunk: int = 500) -> Tensor:
@@ -638,12 +658,26 @@ def generate_samples(models: TrainedModels, labels: Tensor, chunk: int = 500) ->
 
     Returns: uint8 (N, 1, 28, 28).
     """
-    noise = seeded_noise(len(labels), models.config, labels.device)
     images = []
-    for part, classes in zip(noise.split(chunk), class_weights(labels).split(chunk)):
-        latents = sample_latents(models.denoiser, classes, part, models.config)[-1]
-        images.append(decode_images(models.autoencoder, latents))
+    for noise, classes in zip(models.noise(len(labels)).split(chunk), class_weights(labels).split(chunk)):
+        images.append(models.decode(sample(models.denoiser, classes, noise, models.config)[-1]))
     return torch.cat(images)
+
+
+class Trajectories(NamedTuple):
+    """Trajectories of the deterministic sampler as figures show them, and the forward process beside them."""
+
+    states: Tensor  # (S + 1, N, ...), the model's, from noise to data
+    noised: Tensor  # (S + 1, N, ...), the forward process from the same data to the same noise
+    captions: list[str]  # S + 1 of them, from noise to data
+
+
+def draw_trajectories(models: TrainedModels, labels: Tensor, steps: int) -> Trajectories:
+    """One trajectory of latents a label (N,), in `steps` steps."""
+    noise, times = models.noise(len(labels)), torch.linspace(0, 1000, steps + 1, device=models.device)
+    states = torch.stack(sample(models.denoiser, class_weights(labels), noise, models.config, steps))
+    noised = torch.stack([interpolate(states[-1], noise, t.expand(len(noise))) for t in times])
+    return Trajectories(states, noised, [f"t = {t:.0f}" for t in times.flip(0).tolist()])
 
 
 # =====================================================================================================================
@@ -1000,12 +1034,12 @@ def announce_plan(run: Run, examples: list[list[Tensor]]) -> None:
 # =====================================================================================================================
 
 CLASS_COLOURS = matplotlib.colormaps["tab10"].colors
-PATH_STEPS = 20  # solver steps of the trajectories that are drawn: t = 1000, 950, ..., 0
+PATH_STEPS = 20  # sampler steps of the trajectories that are drawn
 
 
-def file_name(label: int) -> str:
-    """A class's name as part of a file name."""
-    return class_title(label).replace("/", "-").replace(" ", "-")
+def file_name(title: str) -> str:
+    """A class's or sample's name as part of a file name."""
+    return title.replace("/", "-").replace(" ", "-")
 
 
 def class_title(label: int) -> str:
@@ -1038,6 +1072,14 @@ def save_grid(path: Path, images: Tensor, rows: list[str], columns: list[str], t
     save_figure(figure, path)
 
 
+def save_sheet(path: Path, images: Tensor, title: str) -> None:
+    """Saves images (N, 1, 28, 28) eight a row, and says where."""
+    columns = min(8, len(images))
+    blanks = torch.full((-len(images) % columns, 1, 28, 28), 96, dtype=torch.uint8, device=images.device)
+    save_grid(path, torch.cat([images, blanks]).unflatten(0, (-1, columns)), [], [], title)
+    print(f"samples: {path}")
+
+
 def save_loss_curves(history: list[dict], path: Path) -> None:
     """Training and validation loss of each stage by epoch."""
     stages = list(dict.fromkeys(row["stage"] for row in history))
@@ -1053,21 +1095,22 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
-def save_animation(noised: Tensor, trajectory: Tensor, title: str, path: Path) -> None:
+def save_animation(noised: Tensor, trajectory: Tensor, captions: list[str], title: str, path: Path) -> None:
     """A looping GIF from the clean image out to noise by the forward process, and back as the model went.
 
     Args:
-        noised: uint8 (S + 1, 1, 28, 28), the forward process at t = 0 ... 1000.
-        trajectory: uint8 (S + 1, 1, 28, 28), the model's states at t = 1000 ... 0, same noise to same image.
+        noised: uint8 (S + 1, 1, 28, 28), the forward process from data to noise.
+        trajectory: uint8 (S + 1, 1, 28, 28), the model's states from the same noise to the same image.
+        captions: of the trajectory's states, from noise to data.
     """
     steps, font = len(noised) - 1, ImageFont.load_default(size=17)
     frames = []
     for index, picture in enumerate(torch.cat([noised, trajectory[1:-1]]).cpu().numpy()):
         frame = Image.new("L", (224, 254), 255)
         frame.paste(Image.fromarray(picture[0]).resize((224, 224), Image.Resampling.NEAREST), (0, 30))
-        draw, t = ImageDraw.Draw(frame), 1000 * (1 - abs(steps - index) / steps)
+        draw = ImageDraw.Draw(frame)
         draw.text((6, 4), title, font=font, fill=0)
-        draw.text((218, 4), f"t = {t:.0f}", font=font, fill=0, anchor="ra")
+        draw.text((218, 4), captions[abs(steps - index)], font=font, fill=0, anchor="ra")
         frames.append(frame)
     milliseconds = [1200 if index == 0 else 500 if index == steps else 80 for index in range(len(frames))]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1104,19 +1147,22 @@ def place_labels(axes, points: np.ndarray, texts: dict[int, str]) -> None:
 
 
 def path_figure(
-    images: Tensor, path: np.ndarray, scatter: np.ndarray, labels: np.ndarray, title: str, strong: int | None
-) -> Figure:
+    images: Tensor, path: np.ndarray, captions: list[str], scatter: np.ndarray, labels: np.ndarray, title: str,
+    strong: int | None,
+) -> Figure:  # fmt: skip
     """Trajectories from noise to image, and the first of them as a path among the validation images.
 
     Args:
-        images: uint8 (R, C, 1, 28, 28), a trajectory a row, t from 1000 to 0.
+        images: uint8 (R, S + 1, 1, 28, 28), a trajectory a row, from noise to data; every other state is shown.
         path: (S + 1, 2), the first trajectory's states in the plane of the scatter.
+        captions: S + 1 of them.
         scatter, labels: (N, 2) and (N,), the validation images in that plane, and their classes.
+        strong: the class that stands out (None: all).
     """
     figure = Figure(figsize=(9, 9.2))
     top, bottom = figure.add_axes((0.02, 0.65, 0.96, 0.3)), figure.add_axes((0.06, 0.05, 0.74, 0.54))
-    columns = np.linspace(1000, 0, images.shape[1])
-    draw_grid(top, images, [f"sample {row + 1}" for row in range(len(images))], [f"t={t:.0f}" for t in columns])
+    captions = [caption.replace(" ", "") for caption in captions]
+    draw_grid(top, images[:, ::2], [f"path {row + 1}" for row in range(len(images))], captions[::2])
     top.set_title(title, fontsize=12)
     scatter_classes(bottom, scatter, labels, strong)
     bottom.plot(*path.T, color="black", lw=1.5, zorder=4)
@@ -1125,22 +1171,22 @@ def path_figure(
     bottom.plot(*path[0], "s", color="white", markeredgecolor="black", markersize=9, zorder=5)
     bottom.plot(*path[-1], "*", color="gold", markeredgecolor="black", markersize=17, zorder=5)
     bottom.set(xlabel="first principal component", ylabel="second principal component")
-    bottom.set_title("sample 1 on its way from noise (square) to image (star) among validation images", fontsize=10)
-    times, every = np.linspace(1000, 0, len(path)), max(1, len(path) // 5)
+    bottom.set_title("path 1 from noise (square) to image (star) among validation images", fontsize=10)
     bottom.autoscale_view()  # the labels' places depend on the limits
-    place_labels(bottom, path, {step: f"t={times[step]:.0f}" for step in range(0, len(path), every)})
+    place_labels(bottom, path, {step: captions[step] for step in range(0, len(path), max(1, len(path) // 5))})
     return figure
 
 
-def save_samples(models: TrainedModels, path: Path, epoch: int) -> None:
+def save_samples(models: TrainedModels, output: Path) -> None:
     """Ten samples a class, and ten without class."""
     labels = torch.arange(NULL_CLASS + 1, device=models.device).repeat_interleave(10)
     images = generate_samples(models, labels).unflatten(0, (-1, 10))
-    title = f"Samples after epoch {epoch}, guidance {models.config.guidance_scale:g}"
+    title = f"Samples after epoch {models.epoch}, guidance {models.config.guidance_scale:g}"
+    path = output / "samples" / f"samples_epoch_{models.epoch}.png"
     save_grid(path, images, [class_title(label) for label in range(NULL_CLASS + 1)], [], title)
 
 
-def save_reconstructions(autoencoder: Autoencoder, images: Tensor, labels: Tensor, path: Path) -> None:
+def save_reconstructions(autoencoder: nn.Module, images: Tensor, labels: Tensor, path: Path) -> None:
     """Two images of each class, what the autoencoder makes of them, and the error."""
     chosen = torch.stack([torch.nonzero(labels == label)[:2, 0] for label in range(len(CLASS_NAMES))], dim=1)
     real = images[chosen.flatten()]
@@ -1152,24 +1198,28 @@ def save_reconstructions(autoencoder: Autoencoder, images: Tensor, labels: Tenso
     save_grid(path, grid, ["image", "reconstruction", "error x 2"] * 2, names, title)
 
 
-def save_trajectories(models: TrainedModels, latents: Tensor, labels: Tensor, output: Path, epoch: int) -> None:
-    """Each class's animation and denoising path, all from one batch of four trajectories a class."""
-    rows = 4
-    wanted = torch.arange(len(CLASS_NAMES), device=models.device).repeat_interleave(rows)
-    noise = seeded_noise(len(wanted), models.config, models.device)
-    states = torch.stack(sample_latents(models.denoiser, class_weights(wanted), noise, models.config, PATH_STEPS))
-    images = decode_images(models.autoencoder, states.flatten(0, 1)).unflatten(0, states.shape[:2])
-    times = torch.linspace(0, 1000, PATH_STEPS + 1, device=models.device)
+def save_trajectories(
+    models: TrainedModels, trajectories: Trajectories, subjects: dict[str, int | None], space: Tensor, labels: Tensor,
+    output: Path,
+) -> None:  # fmt: skip
+    """Each subject's animation and denoising path.
+
+    Args:
+        trajectories: the same number for each subject, in the subjects' order.
+        subjects: title and class (None: no single one) of each.
+        space, labels: (N, ...) and (N,), the validation images where the states are, and their classes.
+    """
+    images, rows = models.decode(trajectories.states), trajectories.states.shape[1] // len(subjects)
+    noised = models.decode(trajectories.noised[:, ::rows])
     pca = PCA(n_components=2, random_state=0)
-    scatter, classes = pca.fit_transform(latents.flatten(1).cpu().numpy())[:2000], labels[:2000].cpu().numpy()
-    for label in range(len(CLASS_NAMES)):
-        first, name = rows * label, f"{file_name(label)}_epoch_{epoch}"
-        noised = interpolate(states[-1, first].expand(len(times), -1, -1, -1), noise[first], times)
+    scatter, classes = pca.fit_transform(space.flatten(1).cpu().numpy())[:2000], labels[:2000].cpu().numpy()
+    for index, (title, label) in enumerate(subjects.items()):
+        first, name = rows * index, f"{file_name(title)}_epoch_{models.epoch}"
         gif = output / "diffusion_animation" / f"diffusion_animation_class_{name}.gif"
-        save_animation(decode_images(models.autoencoder, noised), images[:, first], class_title(label), gif)
-        path = pca.transform(states[:, first].flatten(1).cpu().numpy())
-        shown = images[::2, first : first + rows].transpose(0, 1)
-        figure = path_figure(shown, path, scatter, classes, f"{class_title(label)}, from noise to image", label)
+        save_animation(noised[:, index], images[:, first], trajectories.captions, title, gif)
+        path = pca.transform(trajectories.states[:, first].flatten(1).cpu().numpy())
+        shown, heading = images[:, first : first + rows].transpose(0, 1), f"{title}, from noise to image"
+        figure = path_figure(shown, path, trajectories.captions, scatter, classes, heading, label)
         save_figure(figure, output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png")
 
 
@@ -1192,10 +1242,10 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
 
 
-def save_interpolations(models: TrainedModels, folder: Path, epoch: int) -> None:
+def save_interpolations(models: TrainedModels, output: Path) -> None:
     """Between two noises for each class, and between two classes for the same noise."""
     weight, count = torch.linspace(0, 1, 9, device=models.device), len(CLASS_NAMES)
-    noise = seeded_noise(2 * count, models.config, models.device)
+    noise = models.noise(2 * count)
     eye = class_weights(torch.arange(count, device=models.device))
     pairs = [(0, 3), (3, 1), (2, 4), (4, 6), (6, 0), (5, 7), (7, 9), (9, 8)]
     mixed = torch.cat([torch.lerp(eye[a], eye[b], weight[:, None]) for a, b in pairs])
@@ -1205,20 +1255,21 @@ def save_interpolations(models: TrainedModels, folder: Path, epoch: int) -> None
         ("classes", noise[: len(pairs)].repeat_interleave(9, dim=0), mixed,
          [f"{CLASS_NAMES[a]} to {CLASS_NAMES[b]}" for a, b in pairs], "From one class to another (same noise)"),
     ):  # fmt: skip
-        latents = sample_latents(models.denoiser, classes, start, models.config)[-1]
-        grid = decode_images(models.autoencoder, latents).unflatten(0, (-1, 9))
-        save_grid(folder / f"{name}_epoch_{epoch}.png", grid, rows, [f"{w:.0%}" for w in weight.tolist()], title)
+        latents = sample(models.denoiser, classes, start, models.config)[-1]
+        path = output / "interpolation" / f"{name}_epoch_{models.epoch}.png"
+        save_grid(path, models.decode(latents.unflatten(0, (-1, 9))), rows, [f"{w:g}" for w in weight.tolist()], title)
 
 
-def save_guidance(models: TrainedModels, path: Path) -> None:
+def save_guidance(models: TrainedModels, output: Path) -> None:
     """The same noise of each class at rising guidance."""
     labels, scales = torch.arange(len(CLASS_NAMES), device=models.device), (0, 1, 1.5, 2, 3, 5, 8)
     configs = [dataclasses.replace(models.config, guidance_scale=float(scale)) for scale in scales]
     grid = torch.stack([generate_samples(models._replace(config=config), labels) for config in configs], dim=1)
-    save_grid(path, grid, list(CLASS_NAMES), [f"w={scale}" for scale in scales], "The same noise at rising guidance w")
+    path, columns = output / "guidance" / f"guidance_epoch_{models.epoch}.png", [f"w={scale}" for scale in scales]
+    save_grid(path, grid, list(CLASS_NAMES), columns, "The same noise at rising guidance w")
 
 
-def save_nearest_neighbours(models: TrainedModels, images: Tensor, path: Path) -> None:
+def save_nearest_neighbours(models: TrainedModels, images: Tensor, output: Path) -> None:
     """A sample of each class beside the training images nearest to it in pixels: is the model copying?"""
     samples = generate_samples(models, torch.arange(len(CLASS_NAMES), device=models.device))
     a = samples.flatten(1).float()
@@ -1226,53 +1277,26 @@ def save_nearest_neighbours(models: TrainedModels, images: Tensor, path: Path) -
     nearest = images[distances.topk(5, largest=False).indices]  # (10, 5, 1, 28, 28)
     columns = ["sample", *(f"nearest {rank}" if rank == 1 else str(rank) for rank in range(1, 6))]
     title = "Samples and the training images nearest to them"
+    path = output / "nearest_neighbours" / f"nearest_neighbours_epoch_{models.epoch}.png"
     save_grid(path, torch.cat([samples[:, None], nearest], dim=1), list(CLASS_NAMES), columns, title)
 
 
-def save_all_figures(models: TrainedModels, data: Data, history: list[dict], output: Path, epoch: int) -> None:
+def save_all_figures(models: TrainedModels, data: Data, output: Path) -> None:
     """Every figure that a trained model has."""
     started = time.perf_counter()
     images, labels = data.validation_images, data.validation_labels
     latents = encode_images(models.autoencoder, images)
-    save_loss_curves(history, output / "loss_curves.png")
+    save_loss_curves(models.history, output / "loss_curves.png")
     save_reconstructions(models.autoencoder, images, labels, output / "reconstruction" / "reconstruction.png")
     save_latent_space(latents, labels, output / "latent_space" / "latent_space.png")
-    save_samples(models, output / "samples" / f"samples_epoch_{epoch}.png", epoch)
-    save_trajectories(models, latents, labels, output, epoch)
-    save_interpolations(models, output / "interpolation", epoch)
-    save_guidance(models, output / "guidance" / f"guidance_epoch_{epoch}.png")
-    neighbours = output / "nearest_neighbours" / f"nearest_neighbours_epoch_{epoch}.png"
-    save_nearest_neighbours(models, data.train_images, neighbours)
-    tqdm.write(f"figures of epoch {epoch} written in {time.perf_counter() - started:.0f} s")
-
-
-def save_class_samples(models: TrainedModels, label: int | None, count: int, output: Path) -> None:
-    """A PNG of `count` samples of class `label` (None: of all classes in turn), eight a row."""
-    labels = torch.arange(count, device=models.device) % len(CLASS_NAMES)
-    labels = labels if label is None else torch.full_like(labels, label)
-    columns = min(8, count)
-    blanks = torch.full((-count % columns, 1, 28, 28), 96, dtype=torch.uint8, device=models.device)
-    grid = torch.cat([generate_samples(models, labels), blanks]).unflatten(0, (-1, columns))
-    path = output / "samples" / f"samples_{'all-classes' if label is None else file_name(label)}.png"
-    save_grid(
-        path,
-        grid,
-        [],
-        [],
-        f"{'All classes' if label is None else class_title(label)}, seed {models.config.sampling_seed}",
-    )
-    print(f"samples: {path}")
-
-
-def export_samples(models: TrainedModels, count: int, output: Path) -> None:
-    """Writes `count` samples as npz: arr_0 uint8 (N, 28, 28, 1), arr_1 int64 (N,), the labels i mod 10."""
-    started, seed, content = time.perf_counter(), models.config.sampling_seed, io.BytesIO()
-    labels = torch.arange(count, device=models.device) % len(CLASS_NAMES)
-    images = generate_samples(models, labels).permute(0, 2, 3, 1)
-    np.savez_compressed(content, images.cpu().numpy(), labels.cpu().numpy())
-    path = output / (f"samples_seed_{seed}.npz" if seed else "samples.npz")
-    write_atomically(path, content.getvalue())
-    print(f"{path}: {count} samples in {time.perf_counter() - started:.1f} s")
+    save_samples(models, output)
+    wanted = torch.arange(len(CLASS_NAMES), device=models.device).repeat_interleave(4)
+    trajectories = draw_trajectories(models, wanted, PATH_STEPS)
+    save_trajectories(models, trajectories, dict(zip(CLASS_NAMES, range(NULL_CLASS))), latents, labels, output)
+    save_interpolations(models, output)
+    save_guidance(models, output)
+    save_nearest_neighbours(models, data.train_images, output)
+    tqdm.write(f"figures of epoch {models.epoch} written in {time.perf_counter() - started:.0f} s")
 
 
 # =====================================================================================================================
@@ -1289,8 +1313,8 @@ def class_label(text: str) -> int:
     return label
 
 
-def parse_command_line(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
-    """Returns the fields of `Config` that were given, and what is asked for once."""
+def build_parser() -> CommandLine:
+    """A parser with the flags of every script of this repository."""
     raw, switch = argparse.RawDescriptionHelpFormatter, {"action": "store_true"}
     parser = CommandLine(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--fresh", help="start over; the old run moves to OUTPUT_DIR/old_runs (switch)", **switch)
@@ -1298,13 +1322,16 @@ def parse_command_line(argv: list[str] | None) -> tuple[dict, argparse.Namespace
     parser.add_argument("--quick", help="the whole pipeline, tiny, into output/quick (switch)", **switch)
     text = "write N samples to OUTPUT_DIR/samples.npz (int, 1 to 1000000; default: none)"
     parser.add_argument("--export-samples", type=bounded(int, 1, 10**6), metavar="N", help=text)
-    text = "with --sample-only: a PNG of this class (str, a class's name or 'no class'; default: all classes)"
-    parser.add_argument("--class", dest="label", type=class_label, metavar="NAME", help=text)
     text = "with --sample-only: a PNG of N samples (int, 1 to 10000; default: 16)"
     parser.add_argument("--num-samples", type=bounded(int, 1, 10_000), metavar="N", help=text)
     parser.add_config(Config)
+    return parser
+
+
+def parse_command_line(parser: CommandLine, argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
+    """Returns the fields of `Config` that were given, and what is asked for once."""
     request = parser.parse_args(argv)
-    if not request.sample_only and (request.label is not None or request.num_samples):
+    if not request.sample_only and (request.num_samples or getattr(request, "label", None) is not None):
         parser.error("--class and --num-samples go with --sample-only")
     if request.sample_only and request.fresh:
         parser.error("--fresh starts a training, --sample-only has none")
@@ -1332,13 +1359,12 @@ def run_training(
     """Trains both stages to their last epochs and draws the figures. Returns the averaged models."""
     autoencoder, diffusion = build_stages(config, len(data.train_images), device)
     run = Run(config, output, [autoencoder, diffusion], checkpoint)
-    models = TrainedModels(autoencoder.ema.module.autoencoder, diffusion.ema.module, config)
+    models = TrainedModels.of_stages(run.stages, config, run.history)
     train_labels, held_out_labels = data.train_labels, data.validation_labels
     if diffusion.step and autoencoder.step < autoencoder.total_steps:
         raise ExperimentError("--autoencoder-epochs cannot change once the second stage has begun: see --fresh")
     run.write_metrics()
-    latents = seeded_noise(min(config.batch_size, len(train_labels)), config, device)
-    announce_plan(run, [[data.train_images, train_labels], [latents, train_labels]])
+    announce_plan(run, [[data.train_images, train_labels], [models.noise(diffusion.batch_size), train_labels]])
 
     def after_autoencoder_epoch() -> None:
         path = output / "reconstruction" / f"reconstruction_epoch_{autoencoder.epoch}.png"
@@ -1346,9 +1372,9 @@ def run_training(
 
     def after_diffusion_epoch() -> None:
         if diffusion.epoch % config.figures_every == 0 and diffusion.step < diffusion.total_steps:
-            save_all_figures(models, data, run.history, output, diffusion.epoch)
+            save_all_figures(models, data, output)
         else:
-            save_samples(models, output / "samples" / f"samples_epoch_{diffusion.epoch}.png", diffusion.epoch)
+            save_samples(models, output)
 
     held_out = [data.validation_images, held_out_labels]
     train(run, autoencoder, [data.train_images, train_labels], held_out, after_autoencoder_epoch)
@@ -1357,7 +1383,7 @@ def run_training(
     latents = encode_images(models.autoencoder, data.train_images)
     held_out = [encode_images(models.autoencoder, data.validation_images), held_out_labels]
     train(run, diffusion, [latents, train_labels], held_out, after_diffusion_epoch)
-    save_all_figures(models, data, run.history, output, diffusion.epoch)
+    save_all_figures(models, data, output)
     return models
 
 
@@ -1375,28 +1401,57 @@ def load_trained(output: Path, device: str = "auto", **changes) -> TrainedModels
     if checkpoint is None or checkpoint["stages"]["diffusion"]["step"] == 0:
         raise ExperimentError(f"there is no trained model in {output}: run without --sample-only to train one")
     config = settle_config(Config, {}, changes, checkpoint)
-    autoencoder, diffusion = build_stages(config, 1, pick_device(device))
-    for stage in (autoencoder, diffusion):
+    stages = build_stages(config, 1, pick_device(device))
+    for stage in stages:
         load_state(stage.ema, checkpoint["stages"][stage.name]["ema"])
-    epoch = sum(row["stage"] == "diffusion" for row in checkpoint["history"])
-    print(f"{VERSION}: models of {output}, {epoch} epochs, torch {torch.__version__}")
-    return TrainedModels(autoencoder.ema.module.autoencoder, diffusion.ema.module, config)
+    models = TrainedModels.of_stages(stages, config, checkpoint["history"])
+    print(f"{VERSION}: models of {output}, {models.epoch} epochs, torch {torch.__version__}")
+    return models
+
+
+def save_requested_samples(models: TrainedModels, request: argparse.Namespace, output: Path) -> None:
+    """A PNG of the samples that --class and --num-samples ask for: of one class, or of all in turn."""
+    count, label = request.num_samples or 16, request.label
+    labels = torch.arange(count, device=models.device) % len(CLASS_NAMES)
+    labels = labels if label is None else torch.full_like(labels, label)
+    title = "all classes" if label is None else class_title(label)
+    path = output / "samples" / f"samples_{file_name(title)}.png"
+    save_sheet(path, generate_samples(models, labels), f"{title}, seed {models.config.sampling_seed}")
+
+
+def export_samples(models: TrainedModels, count: int, output: Path) -> None:
+    """Writes `count` samples as npz: arr_0 uint8 (N, 28, 28, 1), arr_1 int64 (N,), the labels i mod 10."""
+    started = time.perf_counter()
+    labels = torch.arange(count, device=models.device) % len(CLASS_NAMES)
+    path = save_npz(generate_samples(models, labels), labels, models.config.sampling_seed, output)
+    print(f"{path}: {count} samples in {time.perf_counter() - started:.1f} s")
+
+
+def save_npz(images: Tensor, labels: Tensor, seed: int, output: Path) -> Path:
+    """Writes images (N, 1, 28, 28) uint8 and labels (N,) in the layout of guided-diffusion. Returns the path."""
+    content = io.BytesIO()
+    np.savez_compressed(content, images.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy())
+    path = output / (f"samples_seed_{seed}.npz" if seed else "samples.npz")
+    write_atomically(path, content.getvalue())
+    return path
 
 
 def run_sampling(output: Path, request: argparse.Namespace, given: dict) -> TrainedModels:
     """Serves --sample-only: a PNG of the samples asked for or, where none are, every figure. Returns the models."""
     models = load_trained(output, **{"device": "auto"} | given)
-    if request.label is not None or request.num_samples:
-        save_class_samples(models, request.label, request.num_samples or 16, output)
+    if request.num_samples or getattr(request, "label", None) is not None:
+        save_requested_samples(models, request, output)
     elif not request.export_samples:
-        history = find_checkpoint(output / "checkpoints", Config)["history"]
         data = load_fashion_mnist(find_data_dir(models.config), models.config.train_images, models.device)
-        save_all_figures(models, data, history, output, sum(row["stage"] == "diffusion" for row in history))
+        save_all_figures(models, data, output)
     return models
 
 
 def main(argv: list[str] | None = None) -> None:
-    given, request = parse_command_line(argv)
+    parser = build_parser()
+    text = "with --sample-only: a PNG of this class (str, a class's name or 'no class'; default: all classes)"
+    parser.add_argument("--class", dest="label", type=class_label, metavar="NAME", help=text)
+    given, request = parse_command_line(parser, argv)
     folder = Path(__file__).resolve().parent / "output"
     output = Path(os.path.abspath(given.get("output_dir") or (folder / "quick" if request.quick else folder)))
     with locked_output(output):

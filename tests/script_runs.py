@@ -1,5 +1,6 @@
-"""Tiny runs of LatentDiffusionModel/v3 for the tests of resuming, of checkpoints and of the command line."""
+"""Tiny runs of a script for the tests of resuming, of checkpoints and of the command line."""
 
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -12,30 +13,36 @@ import torch
 from conftest import SCRIPT_V3, load_script
 
 WALL_CLOCK = ("seconds", "images_per_second")
-TINY = {  # beside the script's own --quick: 2 epochs of 3 steps for the autoencoder, 3 of 3 for the diffusion
-    "train-images": 48,
-    "width": 8,
-    "autoencoder-batch-size": 16,
-    "batch-size": 16,
-    "autoencoder-epochs": 2,
-    "epochs": 3,
-}
-SAVERS = ("save_all_figures", "save_samples", "save_reconstructions")  # the figures of a run
+SAVERS = ("save_all_figures", "save_samples", "save_unconditional_samples", "save_reconstructions")  # of a training
 
 
-def load_without_figures():
-    """v3's script as a module of its own that draws nothing."""
-    module = load_script(SCRIPT_V3)
+def load_without_figures(path=SCRIPT_V3):
+    """A script as a module of its own whose training draws nothing."""
+    module = load_script(path)
     for name in SAVERS:
-        setattr(module, name, lambda *args: None)
+        if hasattr(module, name):
+            setattr(module, name, lambda *args: None)
     return module
 
 
-def flags(output, data, **changed):
+def tiny_settings(config_class):
+    """Beside a script's own --quick: 2 epochs of 3 steps for an autoencoder, 3 of 3 for the diffusion."""
+    values = {"train_images": 48}
+    for field in dataclasses.fields(config_class):
+        if field.name.endswith("batch_size"):
+            values[field.name] = 16
+        if field.name.endswith("epochs"):
+            values[field.name] = 3 if field.name == "epochs" else 2
+        if field.name.endswith("width"):
+            values[field.name] = field.metadata["low"]
+    return values
+
+
+def flags(module, output, data, **changed):
     """The command line of a tiny run; `changed` holds the flags that differ, None for one that is not given."""
-    values = {"output-dir": output, "data-dir": data, "device": "cpu"} | TINY
-    values |= {name.replace("_", "-"): value for name, value in changed.items()}
-    return ["--quick"] + [f"--{name}={value}" for name, value in values.items() if value is not None]
+    values = {"output_dir": output, "data_dir": data, "device": "cpu"} | tiny_settings(module.Config) | changed
+    given = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
+    return ["--quick"] + [f"--{name}={value}" for name, value in given.items()]
 
 
 def run(module, arguments):
@@ -47,7 +54,7 @@ def run(module, arguments):
 
 
 class RealRun:
-    """A run without figures in a process of its own, which can be killed.
+    """A run of v3 without figures in a process of its own, which can be killed.
 
     It is forked from a server that has imported the packages, which saves seconds a process. `prepare(module)`, a
     function at the top level of a test file, may change the script first.

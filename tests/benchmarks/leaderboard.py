@@ -1,0 +1,260 @@
+"""Measure the versions that have results, and write the leaderboard.
+
+    python tests/benchmarks/leaderboard.py                              every version
+    python tests/benchmarks/leaderboard.py LatentDiffusionModel/v3      one; the others keep their rows
+
+A version has a result once its ``output/`` holds a finished run and 10,000 samples of each of three sampling seeds:
+
+    python LatentDiffusionModel/v3/script_model_train_test.py --export-samples 10000
+    python LatentDiffusionModel/v3/script_model_train_test.py --sample-only --export-samples 10000 --sampling-seed 1
+    python LatentDiffusionModel/v3/script_model_train_test.py --sample-only --export-samples 10000 --sampling-seed 2
+
+The figures go to ``leaderboard.json`` beside this file, and the table to the README of the repository. A row keeps its
+committed figures until its version's output is another one; ``--again`` measures it all the same.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import feature_extractor as fe
+import quality
+import speed
+
+LADDER = (
+    "ImageDiffusionModel/CNN",
+    "ImageDiffusionModel/Transformer",
+    "ImageDiffusionModel/UNet",
+    "LatentDiffusionModel/v1",
+    "LatentDiffusionModel/v2",
+    "LatentDiffusionModel/v3",
+)
+SAMPLES = quality.REFERENCE_SIZE  # in each file: figures of other counts do not compare
+SAMPLE_FILES = ("samples.npz", "samples_seed_1.npz", "samples_seed_2.npz")
+SCORES = ("fmd", "percent_of_blur", "coverage", "accuracy", "copying")
+TIMED_IMAGES, TIMED_ROUNDS = 1000, 3
+HEAD = (
+    "version",
+    "parameters",
+    "epochs",
+    "training",
+    "sampler",
+    "evaluations",
+    "s per 1,000 images",
+    "FMD",
+    "of blur",
+    "coverage",
+    "accuracy",
+    "copying",
+)
+
+
+class NotMeasured(Exception):
+    """Says why a version has no result."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_results(output):
+    """The files of an output folder that a row is made of: metrics.csv, then the samples. Raises NotMeasured."""
+    files = [output / name for name in ("metrics.csv", *SAMPLE_FILES)]
+    missing = [path.name for path in (output / "checkpoints" / "last.pt", *files) if not path.is_file()]
+    if missing:
+        raise NotMeasured(f"{output} lacks {', '.join(missing)}")
+    return files
+
+
+def fingerprint(files):
+    """SHA-256 of files and of the classifier that scores them."""
+    content = b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)
+    return hashlib.sha256(content + fe.WEIGHTS_SHA256.encode()).hexdigest()
+
+
+def read_training(path):
+    """Epochs of each stage, {name: number}, and the seconds of all of them, from a metrics.csv. Raises NotMeasured."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise NotMeasured(f"{path} holds no epoch")
+    epochs = {row["stage"]: int(row["epoch"]) for row in rows}  # the last one of a stage stays
+    return epochs, sum(float(row["seconds"]) for row in rows)
+
+
+def score_files(paths, data_dir):
+    """Mean of each of ``SCORES`` over sample files, and its spread under ``<score>_spread``; None without labels.
+
+    Raises NotMeasured where a file is unfit or does not hold ``SAMPLES`` images.
+    """
+    rows = []
+    for path in paths:
+        try:
+            images, labels = quality.read_samples(path)
+        except ValueError as error:
+            raise NotMeasured(str(error)) from error
+        if len(images) != SAMPLES:
+            raise NotMeasured(f"{path} holds {len(images)} samples, not {SAMPLES}")
+        rows.append({"file": path.name, **quality.score_arrays(images, labels, data_dir)})
+    [summary] = quality.seed_rows(rows)
+    return {key: summary[key] for score in SCORES for key in (score, f"{score}_spread")}
+
+
+def measure_sampler(path, output, device):
+    """Parameters, sampler, evaluations and seconds per 1,000 images of the models in an output folder."""
+    sampler = speed.Sampler(path, output, device)
+    sampler.seconds(min(50, TIMED_IMAGES))  # the warm-up
+    seconds = statistics.median(sampler.seconds(TIMED_IMAGES) for _ in range(TIMED_ROUNDS))
+    return {
+        "parameters": sampler.parameters,
+        "sampler": sampler.description(),
+        "evaluations": sampler.evaluations(),
+        "seconds_per_1000_images": 1000 / TIMED_IMAGES * seconds,
+        "sampling_hardware": speed.hardware(sampler.models.device),
+    }
+
+
+def measure(version, path, committed, args):
+    """The row of a version: ``committed`` where nothing has changed. Raises NotMeasured."""
+    output = path.parent / "output"
+    metrics, *samples = find_results(output)
+    digest = fingerprint([metrics, *samples])
+    if committed.get("fingerprint") == digest and not args.again:
+        print(f"{version}: unchanged")
+        return committed
+    print(f"{version}: measuring", flush=True)
+    epochs, seconds = read_training(metrics)
+    measured = measure_sampler(path, output, args.device)
+    return {
+        "version": version,
+        "epochs": epochs,
+        "training_seconds": seconds,
+        "training_hardware": args.training_hardware or measured["sampling_hardware"],
+        **measured,
+        "samples": SAMPLES,
+        **score_files(samples, args.data_dir),
+        "fingerprint": digest,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def format_row(row):
+    """The cells of a measured row, as text, in the order of ``HEAD``."""
+
+    def score(key, form):
+        if row[key] is None:
+            return "-"
+        return form.format(row[key]) + (f" ± {form.format(row[f'{key}_spread'])}" if f"{key}_spread" in row else "")
+
+    minutes = row["training_seconds"] / 60
+    return [
+        f"[`{row['version']}`]({row['version']})",
+        f"{row['parameters'] / 1e6:.2f} M",
+        " + ".join(map(str, row["epochs"].values())),
+        f"{minutes:.1f} min, {row['training_hardware']}",
+        row["sampler"],
+        f"{row['evaluations']:g}",
+        f"{row['seconds_per_1000_images']:.2g}"
+        + (f" ({row['sampling_hardware']})" if row["sampling_hardware"] != row["training_hardware"] else ""),
+        score("fmd", "{:.3f}"),
+        score("percent_of_blur", "{:.2f}%"),
+        score("coverage", "{:.3f}"),
+        score("accuracy", "{:.1%}"),
+        score("copying", "{:.1%}"),
+    ]
+
+
+def format_floor(floor):
+    """The cells of the row of real training images."""
+    scores = [f"{floor['fmd']:.3f}", f"{floor['percent_of_blur']:.2f}%", f"{floor['coverage']:.3f}"]
+    return ["real training images", *[""] * 6, *scores, f"{floor['accuracy']:.1%}", ""]
+
+
+def format_leaderboard(board):
+    """The Markdown of a leaderboard: a row a version in the ladder's order, and the floor."""
+    lines = [HEAD, ["---"] * len(HEAD)]
+    for row in board["versions"]:
+        unmeasured = [f"`{row['version']}`", "not measured yet", *[""] * (len(HEAD) - 2)]
+        lines.append(format_row(row) if "fmd" in row else unmeasured)
+    if board["floor"]:
+        lines.append(format_floor(board["floor"]))
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{table}\n\nQuality is mean ± spread over three sampling seeds of {SAMPLES:,} samples each. "
+        "[The benchmarks](tests/benchmarks/README.md) say what each number means and how this table is made."
+    )
+
+
+def replace_block(path, name, text):
+    """Put ``text`` between the lines ``<!-- name:begin -->`` and ``<!-- name:end -->`` of a file.
+
+    Raises ValueError where the file does not hold them.
+    """
+    content = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    if content.count(begin) != 1 or content.count(end) != 1 or content.index(end) < content.index(begin):
+        raise ValueError(f"{path} must hold the lines {begin.strip()} and {end} once, in this order")
+    before, rest = content.split(begin)
+    path.write_text(f"{before}{begin}{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def read_board(path):
+    """The leaderboard in a JSON file with a row for each version of the ladder; an empty one where there is no file."""
+    board = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"floor": None, "versions": []}
+    rows = {row["version"]: row for row in board["versions"]}
+    return board | {"versions": [rows.get(version, {"version": version}) for version in LADDER]}
+
+
+def update_board(board, scripts, args):
+    """Measure the versions of {version: script}; those that have no result keep their rows."""
+    rows = {row["version"]: row for row in board["versions"]}
+    for version, path in scripts.items():
+        try:
+            rows[version] = measure(version, path, rows[version], args)
+        except NotMeasured as reason:
+            kept = "keeps its row" if "fmd" in rows[version] else "has no result"
+            print(f"{version} {kept}: {reason}", file=sys.stderr)
+    floor = board["floor"]
+    if rows != {row["version"]: row for row in board["versions"]}:
+        reference = quality.load_reference(Path(args.data_dir))["rows"][0]
+        floor = {score: reference[score] for score in SCORES}
+    return {"floor": floor, "versions": list(rows.values())}
+
+
+def main(argv=None, repository=speed.sync_shared.REPOSITORY):
+    """Command line. Exits 2 with one line on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help="such as LatentDiffusionModel/v3 (default: all)")
+    parser.add_argument("--again", action="store_true", help="measure also what has not changed")
+    parser.add_argument(
+        "--training-hardware", metavar="TEXT", help="where the versions were trained (default: this machine)"
+    )
+    parser.add_argument("--device", default="auto", help="to time sampling on, as the scripts' flag (default: auto)")
+    parser.add_argument("--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root")
+    args = parser.parse_args(argv)
+    board_path = repository / "tests" / "benchmarks" / "leaderboard.json"
+    try:
+        scripts = speed.find_versions(args.versions, repository)
+        if unknown := scripts.keys() - set(LADDER):
+            raise ValueError(f"LADDER in {Path(__file__).name} lacks {', '.join(sorted(unknown))}")
+        board = update_board(read_board(board_path), scripts, args)
+        replace_block(repository / "README.md", "leaderboard", format_leaderboard(board))
+        board_path.write_text(json.dumps(board, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(format_leaderboard(board))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,622 @@
+"""The tools beside quality.py: what they time, count, plan and write, with fakes for peers and for minutes."""
+
+import argparse
+import csv
+import dataclasses
+import json
+import re
+import shutil
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from conftest import REPOSITORY, SCRIPT_V3, run_script, write_tiny_data
+from sync_shared import find_scripts
+
+sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
+import feature_extractor as fe
+import leaderboard
+import quality
+import speed
+import time_to_quality
+
+SCRIPTS = find_scripts()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def scored_data_dir(tmp_path_factory):
+    """A tiny data set with images besides the validation split; the cache of its reference is kept apart."""
+    root = tmp_path_factory.mktemp("data")
+    write_tiny_data(root, train=fe.VALIDATION_SIZE + 300, test=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "CACHE_DIR", tmp_path_factory.mktemp("cache"))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def quick_flags(tiny_data_dir):
+    """The command line of a tiny version."""
+    return ["--quick", "--data-dir", str(tiny_data_dir), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def untrained_v3(quick_flags, tmp_path_factory):
+    """v3's output folder after a step or two; copy it before you change it."""
+    folder = tmp_path_factory.mktemp("v3")
+    speed.make_untrained(SCRIPT_V3, quick_flags, folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# speed.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=map(speed.version_of, SCRIPTS))
+def test_every_version_can_be_measured(path, quick_flags, tmp_path):
+    turns = []
+    stages = speed.measure_training(
+        path, quick_flags, 2, lambda stage, images: {"peer": lambda: turns.append((stage.name, images))}
+    )
+    assert len(stages) == len(speed.epoch_fields(speed.load_script(path).Config))
+    assert all(len(stage.seconds["step"]) == len(stage.seconds["bare"]) == 2 for stage in stages)
+    assert all(stage.epochs and stage.steps_per_epoch == len(stage.arrays[0]) // stage.batch_size for stage in stages)
+    assert ["peer" in stage.seconds for stage in stages] == [False] * (len(stages) - 1) + [True]
+    assert len(turns) == speed.WARM_UP + 2 and {name for name, _ in turns} == {stages[-1].name}
+    assert turns[0][1].shape[1:] == (1, 28, 28) and turns[0][1].dtype == torch.uint8
+
+    speed.make_untrained(path, quick_flags, tmp_path)
+    sampler = speed.Sampler(path, tmp_path, "cpu")
+    assert sampler.seconds(10) > 0
+    assert sampler.evaluations() >= 1 and "?" not in sampler.description()
+    assert speed.version_of(path) in leaderboard.LADDER
+
+
+def test_the_step_holds_the_work_of_the_loop_and_the_bare_step_does_not(quick_flags, monkeypatch):
+    script = speed.load_script(SCRIPT_V3)
+    seed_generators = script.seed_generators
+
+    def slow(*args):
+        time.sleep(0.2)
+        seed_generators(*args)
+
+    script.seed_generators = slow
+    monkeypatch.setattr(speed, "load_script", lambda path: script)
+    stages = speed.measure_training(SCRIPT_V3, quick_flags, 2, lambda *_: {"peer": lambda: time.sleep(0.3)})
+    assert all(min(stage.seconds["step"]) >= 0.2 > min(stage.seconds["bare"]) for stage in stages)
+    assert min(stages[-1].seconds["step"]) < 3 * 0.3 <= 3 * min(stages[-1].seconds["peer"])  # nor that of the peers
+
+
+def test_the_bare_step_trains_a_copy():
+    script = SimpleNamespace(autocast=lambda device: torch.autocast("cpu", enabled=False))
+    model = nn.Linear(3, 1)
+    before = model.weight.detach().clone()
+    losses = []
+
+    def loss_fn(model, x):
+        losses.append(model(x).square().mean())
+        return losses[-1]
+
+    stage = SimpleNamespace(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=loss_fn)
+    step = speed.bare_step(script, stage)
+    for _ in range(3):
+        step([torch.ones(4, 3)])
+    assert losses[0] > losses[1] > losses[2]
+    assert torch.equal(model.weight, before) and model.weight.grad is None
+
+
+def test_too_short_a_stage_is_refused(quick_flags):
+    with pytest.raises(ValueError, match="too few steps to time 10000"):
+        speed.measure_training(SCRIPT_V3, [*quick_flags, "--train-images", "64", "--autoencoder-epochs", "1"], 10_000)
+
+
+def test_contestants_take_turns_and_the_warm_up_does_not_count():
+    turns = []
+
+    def contestant(name):
+        def run():
+            turns.append(name)
+            return len(turns)
+
+        return run
+
+    times = speed.interleave({name: contestant(name) for name in "ab"}, repeats=2, warm_up=1)
+    assert turns == ["a", "b"] * 3
+    assert times == {"a": [3, 5], "b": [4, 6]}
+
+
+def test_a_ratio_is_the_median_of_ratios_in_turns():
+    assert speed.ratio([1, 10, 3], [1, 2, 3]) == "1x"
+    assert speed.ratio([2, 4, 9], [1, 2, 3]) == "2x"
+    assert speed.milliseconds([0.1, 0.012, 0.001]) == "12 ms"
+
+
+def test_the_input_pipelines_give_the_same_batches(tiny_data_dir):
+    images, labels = fe.load_split(tiny_data_dir, train=True)
+    script = speed.load_script(SCRIPT_V3)
+    resident = speed.resident_batches([images[:, None], labels], 64, script.to_float)
+    loader = speed.loader_batches(tiny_data_dir, 64, 0, CPU)
+    wanted = sorted(zip(labels.tolist(), images.sum(dim=(1, 2)).tolist()))
+    for source in (resident, loader):
+        batches = [next(source) for _ in range(10)]  # an epoch of 640
+        assert all(batch.shape == (64, 1, 28, 28) and batch.dtype == torch.float32 for batch, _ in batches)
+        sums = torch.cat([((batch + 1) * 127.5).sum(dim=(1, 2, 3)) for batch, _ in batches]).round().int()
+        assert sorted(zip(torch.cat([some for _, some in batches]).tolist(), sums.tolist())) == wanted
+
+
+def test_the_input_is_measured_with_and_without_workers(tiny_data_dir, monkeypatch):
+    monkeypatch.setattr(speed.os, "cpu_count", lambda: 1)
+    images, labels = fe.load_split(tiny_data_dir, train=True)
+    stage = SimpleNamespace(arrays=[images[:, None], labels], batch_size=16)
+    times = speed.measure_input(stage, lambda batch: batch.float(), tiny_data_dir, 2)
+    assert list(times) == ["resident", "0 workers", "1 workers"]
+    assert all(len(each) == 2 and min(each) > 0 for each in times.values())
+    assert min(times["resident"]) < min(times["0 workers"])
+
+
+def test_evaluations_are_counted_with_guidance_as_two(untrained_v3):
+    sampler = speed.Sampler(SCRIPT_V3, untrained_v3, "cpu")
+    for changes, expected, words in (
+        ({}, 24, "heun, 6 steps, guidance 1.75"),
+        ({"guidance_scale": 1.0}, 12, "heun, 6 steps, guidance 1"),
+        ({"guidance_scale": 1.0, "sampler": "euler", "sampling_steps": 5}, 5, "euler, 5 steps, guidance 1"),
+    ):
+        sampler.rows = sampler.count = 0
+        sampler.models = sampler.models._replace(config=dataclasses.replace(sampler.models.config, **changes))
+        sampler.seconds(7)
+        sampler.seconds(3)
+        assert (sampler.evaluations(), sampler.description()) == (expected, words)
+
+
+def test_a_sampler_that_is_not_known_is_not_guessed(untrained_v3, monkeypatch):
+    sampler = speed.Sampler(SCRIPT_V3, untrained_v3, "cpu")
+    sampler.models = sampler.models._replace(config=SimpleNamespace(sampling_steps=9))
+    assert sampler.description() == "?, 9 steps"
+    monkeypatch.setitem(speed.SOLE_SAMPLERS, "LatentDiffusionModel/v3", "ddim")
+    assert sampler.description() == "ddim, 9 steps"
+    sampler.models = sampler.models._replace(config=SimpleNamespace(sampler="ancestral", sampling_steps=50))
+    assert sampler.description() == "ancestral"
+
+
+def test_figures_are_the_trajectories_and_what_is_drawn_of_them(monkeypatch):
+    script = SimpleNamespace(draw_trajectories=lambda: time.sleep(0.02), save_trajectories=lambda: time.sleep(0.03))
+
+    def main(argv):
+        assert argv[-1] == "--sample-only"
+        script.draw_trajectories()
+        time.sleep(0.3)  # the other figures
+        script.save_trajectories()
+
+    script.main = main
+    monkeypatch.setattr(speed, "load_script", lambda path: script)
+    times = speed.measure_figures("script.py", [], "folder", 2, CPU)
+    assert len(times) == 2 and 0.05 <= min(times) < 0.3
+
+
+@dataclasses.dataclass
+class FakePeer:
+    """A peer that counts its steps, and whose samples are all of the grey level that it has counted to."""
+
+    parameters: int = 5
+    device: torch.device = CPU
+    sampler = "none, 3 steps"
+    evaluations = 3
+
+    def __post_init__(self):
+        self.model, self.steps, self.sizes = nn.Linear(self.parameters - 1, 1), 0, []
+
+    def step(self, images):
+        self.steps += 1
+        self.sizes.append(tuple(images.shape))
+
+    def weights(self):
+        return {"steps": self.steps}
+
+    def load(self, weights):
+        self.steps = weights["steps"]
+
+    def sample(self, count):
+        return torch.full((count, 28, 28), self.steps, dtype=torch.uint8)
+
+
+def test_only_installed_peers_are_built(monkeypatch):
+    monkeypatch.setattr(speed, "PEERS", {"torch": FakePeer, "no such library": FakePeer})
+    peers = speed.build_peers(100, CPU)
+    assert list(peers) == ["torch"] and speed.parameter_count(peers["torch"].model) == 100
+
+
+def test_the_nearest_size_is_chosen():
+    sizes = [2, 4, 8, 16]
+    chosen = [speed.nearest_model(lambda n: nn.Linear(n, 1), sizes, wanted).in_features for wanted in (1, 6, 9, 99)]
+    assert chosen == [2, 4, 8, 16]
+
+
+def test_samples_come_in_chunks():
+    samples = speed.sample_in_chunks(FakePeer(), 25, chunk=10)
+    assert samples.shape == (25, 28, 28) and samples.dtype == torch.uint8
+    assert torch.equal(speed.to_uint8(torch.tensor([-1, 0, 0.5, 1, 9]).view(5, 1, 1, 1)).flatten().int(),
+                       torch.tensor([0, 0, 128, 255, 255]).int())  # fmt: skip
+
+
+@pytest.mark.parametrize("name", speed.PEERS)
+def test_a_peer_trains_and_samples(name):
+    if not speed.installed(name):
+        pytest.skip(f"{name} is not installed (tests/benchmarks/requirements.txt)")
+    peer = speed.PEERS[name](60_000, CPU)
+    before = [parameter.detach().clone() for parameter in peer.model.parameters()]
+    for _ in range(3):
+        peer.step(torch.rand(16, 1, 28, 28) * 2 - 1)
+    assert any(not torch.equal(old, new) for old, new in zip(before, peer.model.parameters()))
+    if name in time_to_quality.PEERS:
+        peer.load(peer.weights())
+    samples = peer.sample(3)
+    assert samples.shape == (3, 28, 28) and samples.dtype == torch.uint8 and samples.float().std() > 0
+
+
+def test_the_report_of_a_version(quick_flags, tiny_data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "script_flags", lambda args: quick_flags)
+    monkeypatch.setattr(speed, "PEERS", {"torch": FakePeer})
+    monkeypatch.setattr(speed, "measure_figures", lambda *args: [3.0, 1.0, 2.0])
+    speed.main(["LatentDiffusionModel/v3", "--peers", "--repeats", "2", "--sampling-repeats", "1", "--images", "20",
+                "--data-dir", str(tiny_data_dir), "--device", "cpu"])  # fmt: skip
+    out = capsys.readouterr().out
+    assert len(re.findall(r"training step, \w+, batch \d+: [\d.]+ ms, [\d.]+x the bare step \([\d.]+ ms\)", out)) == 2
+    assert re.search(r"input pipeline, .* [\d.]+x with 0 workers \([\d.]+ ms\), [\d.]+x with \d+ workers", out)
+    assert re.search(r"1,000 images: [\d.]+ s \(heun, 6 steps, guidance 1.75: 24 evaluations an image\)", out)
+    assert "GIFs and path figures: 2 s" in out
+    assert re.search(
+        rf"torch {re.escape(speed.installed('torch'))}, .* the diffusion step; 1,000 images .* the version's", out
+    )
+
+
+@pytest.mark.parametrize("tool", [speed, leaderboard, time_to_quality])
+def test_an_unknown_version_gets_one_line_and_status_2(tool, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tool.main(["LatentDiffusionModel/v0"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("error: there is no version 'LatentDiffusionModel/v0'")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# leaderboard.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Board:
+    """A made-up repository in which v3 has been trained and sampled."""
+
+    root: object
+    data_dir: object
+
+    @property
+    def output(self):
+        return self.root / "LatentDiffusionModel" / "v3" / "output"
+
+    def write_samples(self, count=100):
+        rng = np.random.default_rng(0)
+        for name in leaderboard.SAMPLE_FILES:
+            images = fe.load_split(self.data_dir, train=False)[0].numpy()[rng.permutation(200)[:count], ..., None]
+            np.savez(self.output / name, images, np.arange(count) % 10)
+
+    def run(self, *arguments):
+        """Run the command line; returns the rows by version, and the README."""
+        leaderboard.main([*arguments, "--data-dir", str(self.data_dir), "--device", "cpu"], self.root)
+        content = json.loads((self.root / "tests" / "benchmarks" / "leaderboard.json").read_text())
+        assert [row["version"] for row in content["versions"]] == list(leaderboard.LADDER)
+        readme = (self.root / "README.md").read_text()
+        assert readme.startswith("before\n<!-- leaderboard:begin -->\n| version |")
+        assert readme.endswith("\n<!-- leaderboard:end -->\nafter\n")
+        return {row["version"]: row for row in content["versions"]}, readme
+
+
+@pytest.fixture
+def board(tmp_path, untrained_v3, scored_data_dir, monkeypatch):
+    monkeypatch.setattr(leaderboard, "SAMPLES", 100)
+    monkeypatch.setattr(leaderboard, "TIMED_IMAGES", 20)
+    (tmp_path / "README.md").write_text("before\n<!-- leaderboard:begin -->\n<!-- leaderboard:end -->\nafter\n")
+    (tmp_path / "tests" / "benchmarks").mkdir(parents=True)
+    board = Board(tmp_path, scored_data_dir)
+    shutil.copytree(untrained_v3, board.output)
+    shutil.copy(SCRIPT_V3, board.output.parent)
+    board.write_samples()
+    return board
+
+
+def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
+    rows, readme = board.run()
+    row = rows["LatentDiffusionModel/v3"]
+    with (board.output / "metrics.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert row["epochs"] == {"autoencoder": 1, "diffusion": 1}
+    assert row["training_seconds"] == pytest.approx(sum(float(each["seconds"]) for each in history))
+    assert (row["sampler"], row["evaluations"]) == ("heun, 6 steps, guidance 1.75", 24)
+    assert row["seconds_per_1000_images"] > 0 and row["parameters"] > 0
+
+    scores = [
+        quality.score_arrays(*quality.read_samples(board.output / name), board.data_dir)
+        for name in leaderboard.SAMPLE_FILES
+    ]
+    for score in leaderboard.SCORES:
+        values = [each[score] for each in scores]
+        assert row[score] == pytest.approx(np.mean(values))
+        assert row[f"{score}_spread"] == pytest.approx(np.std(values, ddof=1), abs=1e-9)
+    line = next(line for line in readme.splitlines() if "LatentDiffusionModel/v3" in line)
+    assert f"{row['fmd']:.3f} ± {row['fmd_spread']:.3f}" in line and "| 1 + 1 |" in line
+    assert readme.count("not measured yet") == 5 and "| real training images |" in readme
+
+    # What has not changed is not measured again, unless that is asked for.
+    with monkeypatch.context() as patch:
+        patch.setattr(leaderboard, "measure_sampler", lambda *_: pytest.fail("measured again"))
+        assert board.run() == (rows, readme)
+    again, _ = board.run("LatentDiffusionModel/v3", "--again", "--training-hardware", "an abacus")
+    assert again["LatentDiffusionModel/v3"]["training_hardware"] == "an abacus"
+
+    # Without a result the row stays.
+    (board.output / "samples_seed_2.npz").unlink()
+    capsys.readouterr()
+    kept, _ = board.run()
+    assert kept == again
+    assert "LatentDiffusionModel/v3 keeps its row" in (err := capsys.readouterr().err) and "samples_seed_2.npz" in err
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda board: board.write_samples(120), "holds 120 samples, not 100"),
+        (lambda board: (board.output / "samples.npz").write_text("a shoe"), "not a sound .npz file"),
+        (lambda board: (board.output / "metrics.csv").write_text("stage\n"), "holds no epoch"),
+        (lambda board: (board.output / "checkpoints" / "last.pt").unlink(), "lacks last.pt"),
+    ],
+)
+def test_what_is_no_result_gets_a_row_that_says_so(board, damage, reason, capsys):
+    damage(board)
+    rows, readme = board.run()
+    assert all(row.keys() == {"version"} for row in rows.values()) and readme.count("not measured yet") == 6
+    err = capsys.readouterr().err
+    assert "LatentDiffusionModel/v3 has no result" in err and reason in err
+
+
+def test_unconditional_versions_have_no_accuracy():
+    row = {"version": "A/b", "parameters": 1, "epochs": {"diffusion": 3}, "training_seconds": 90, "sampler": "ddim"}
+    row |= {"evaluations": 20.0, "seconds_per_1000_images": 4.0, "training_hardware": "x", "sampling_hardware": "y"}
+    row |= {"fmd": 1, "percent_of_blur": 2, "coverage": 0.3, "copying": 0.04, "accuracy": None}
+    cells = dict(zip(leaderboard.HEAD, leaderboard.format_row(row), strict=True))
+    assert cells["accuracy"] == "-" and cells["copying"] == "4.0%" and cells["training"] == "1.5 min, x"
+    assert cells["s per 1,000 images"] == "4 (y)" and cells["evaluations"] == "20"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "<!-- a:end -->\n<!-- a:begin -->\n", "<!-- a:begin -->\n" * 2 + "<!-- a:end -->"]
+)
+def test_a_file_without_the_markers_is_left_alone(content, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="must hold the lines"):
+        leaderboard.replace_block(path, "a", "text")
+    assert path.read_text() == content
+
+
+def test_the_committed_table_is_that_of_the_committed_figures():
+    board = leaderboard.read_board(REPOSITORY / "tests" / "benchmarks" / "leaderboard.json")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    block = readme.split("<!-- leaderboard:begin -->\n")[1].split("\n<!-- leaderboard:end -->")[0]
+    assert block == leaderboard.format_leaderboard(board)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# time_to_quality.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stage(name, epochs, step, steps=100):
+    return speed.StageTimes(name, epochs, steps, 64, 1, [], {"step": [step] * 3})
+
+
+def planned_seconds(stages, epochs, share):
+    return share * sum(each.median() * each.steps_per_epoch * count for each, count in zip(stages, epochs.values()))
+
+
+@pytest.mark.parametrize("budget", [5, 60, 300, 600, 3600])
+def test_a_plan_fits_its_budget(budget):
+    stages, fields = [stage("autoencoder", 2, 0.9), stage("diffusion", 8, 0.6)], ["autoencoder_epochs", "epochs"]
+    epochs, share = time_to_quality.plan_training(stages, fields, budget)
+    assert list(epochs) == fields and min(epochs.values()) >= 1 and 0 < share <= 1
+    available = (1 - time_to_quality.SLACK) * max(budget - time_to_quality.START_UP, budget / 4)
+    assert planned_seconds(stages, epochs, share) == pytest.approx(available)  # no more, and no less
+    assert share > 0.85 or min(epochs.values()) == 1
+
+
+def test_a_plan_keeps_the_published_proportion():
+    stages = [stage("autoencoder", 2, 0.9), stage("diffusion", 8, 0.6)]
+    epochs, _ = time_to_quality.plan_training(stages, ["autoencoder_epochs", "epochs"], 6000)
+    assert epochs["epochs"] / epochs["autoencoder_epochs"] == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize(("count", "most", "expected"), [(3, 8, [0, 1, 2]), (8, 4, [1, 3, 5, 7]), (200, 2, [99, 199])])
+def test_thinning_keeps_the_last(count, most, expected):
+    assert time_to_quality.thin(list(range(count)), most) == expected
+
+
+# Behaves as the scripts do: a row and a checkpoint an epoch, SIGTERM saves and exits with 143, figures at the end.
+FAKE_SCRIPT = """
+import argparse, os, pathlib, signal, sys, time
+parser = argparse.ArgumentParser()
+for name in ("output-dir", "epochs", "seconds"):
+    parser.add_argument(f"--{name}")
+args = parser.parse_args()
+if args.epochs == "0":
+    sys.exit("error: no epochs")
+output = pathlib.Path(args.output_dir)
+(output / "checkpoints").mkdir(parents=True)
+noted = []
+signal.signal(signal.SIGTERM, lambda *_: noted.append(1))
+def save(text):
+    (output / "checkpoints" / "new.pt").write_text(text)
+    os.replace(output / "checkpoints" / "new.pt", output / "checkpoints" / "last.pt")
+rows = "stage,epoch\\n"
+for epoch in range(int(args.epochs)):
+    ends = time.monotonic() + float(args.seconds)
+    while time.monotonic() < ends:
+        time.sleep(0.01)
+        if noted:
+            save(f"cut off in {epoch}")
+            print("SIGTERM at diffusion, step 7 of 9: saved", file=sys.stderr)
+            sys.exit(143)
+    save(str(epoch + 1))
+    rows += f"diffusion,{epoch + 1}\\n"
+    (output / "metrics.new").write_text(rows)
+    os.replace(output / "metrics.new", output / "metrics.csv")
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def fake_script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(FAKE_SCRIPT)
+    return path
+
+
+def contents(snapshots):
+    return [(folder / "checkpoints" / "last.pt").read_text() for folder, _, _ in snapshots]
+
+
+def test_a_finished_training_is_kept_an_epoch_at_a_time_and_not_drawn(fake_script, tmp_path):
+    flags, started = ["--epochs", "3", "--seconds", "0.6"], time.monotonic()
+    snapshots = time_to_quality.train_version(fake_script, flags, "diffusion", 3, 50, tmp_path)
+    assert time.monotonic() - started < 30
+    assert contents(snapshots) == ["1", "2", "3"] and [done for *_, done in snapshots] == [1, 2, 3]
+    seconds = [each for _, each, _ in snapshots]
+    assert seconds == sorted(seconds) and seconds[0] >= 0.6 and seconds[2] >= 1.8
+
+
+def test_a_training_is_cut_off_at_the_end_of_the_budget(fake_script, tmp_path):
+    flags, budget, started = ["--epochs", "2", "--seconds", "3"], 6, time.monotonic()
+    snapshots = time_to_quality.train_version(fake_script, flags, "diffusion", 2, budget, tmp_path)
+    assert time.monotonic() - started < budget + 2
+    assert contents(snapshots) == ["1", "cut off in 1"]
+    assert snapshots[0][1] <= snapshots[1][1] <= budget
+
+
+def test_a_script_that_fails_is_not_passed_over(fake_script, tmp_path):
+    with pytest.raises(RuntimeError, match="status 1: error: no epochs"):
+        time_to_quality.train_version(fake_script, ["--epochs", "0"], "diffusion", 3, 20, tmp_path)
+
+
+def test_a_peer_spends_its_budget_and_no_more(monkeypatch):
+    clock = SimpleNamespace(now=100.0, time=lambda: clock.now)
+    monkeypatch.setattr(time_to_quality, "time", clock)
+    peer = FakePeer()
+    durations = iter([7.0] + [1.5] * 1000)  # the first step warms up
+
+    def step(images):
+        peer.steps += 1
+        clock.now += next(durations)
+
+    peer.step = step
+    (first, half, count), (second, whole, total) = time_to_quality.train_peer(peer, iter([0] * 1000), 90.0, 60, 2)
+    assert 30 - 2 * 1.5 <= half <= 30 and 60 - 2 * 1.5 <= whole <= 60
+    assert first == {"steps": count} and second == {"steps": total} and count == 1 + (half - 17) / 1.5
+    assert total > count
+
+
+def test_peers_see_each_training_image_once_an_epoch(scored_data_dir):
+    batches = time_to_quality.training_batches(scored_data_dir, 64, CPU)
+    epoch = torch.cat([next(batches) for _ in range(5)])  # 300 images
+    images = fe.load_split(scored_data_dir, train=True)[0][:300]
+    assert epoch.shape == (300, 1, 28, 28) and epoch.min() >= -1 and epoch.max() <= 1
+    found = ((epoch[:, 0] + 1) * 127.5).round().byte().flatten(1).tolist()
+    assert sorted(found) == sorted(images.flatten(1).tolist())
+
+
+def test_a_peer_leaves_its_samples(scored_data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "PEERS", {"torch": FakePeer})
+    monkeypatch.setattr(time_to_quality, "PEERS", {"torch": "fake"})
+    snapshots = [({"steps": 3}, 30.0, 3), ({"steps": 7}, 60.0, 7)]
+    monkeypatch.setattr(time_to_quality, "train_peer", lambda *args: snapshots)
+    args = argparse.Namespace(
+        device="cpu", data_dir=scored_data_dir, peer_batch_size=32, minutes=1, marks=2, samples=110
+    )
+    time_to_quality.run_peer_process("torch", 9, args, time.time(), tmp_path)
+    points = json.loads((tmp_path / "points.json").read_text())
+    assert [(point["minutes"], point["trained"]) for point in points] == [
+        (0.5, "3 steps of 32 images"),
+        (1.0, "7 steps of 32 images"),
+    ]
+    assert points[0]["parameters"] == 9 and points[0]["model"] == f"torch {speed.installed('torch')}, fake"
+    for point, level in zip(points, (3, 7)):
+        with np.load(tmp_path / point["samples"]) as file:
+            assert file["arr_0"].shape == (110, 28, 28, 1) and (file["arr_0"] == level).all()
+            assert (file["arr_1"] == -1).all()
+
+
+def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
+    calls = []
+
+    def train_version(path, flags, stage, epochs, budget, folder):
+        calls.append((flags[len(quick_flags) :], stage, epochs, budget))
+        speed.make_untrained(path, quick_flags, folder / "snapshot_0")
+        return [(folder / "snapshot_0", 42.0, 1)]
+
+    stages = [stage("autoencoder", 2, 0.9), stage("diffusion", 8, 0.6)]
+    monkeypatch.setattr(speed, "script_flags", lambda args: quick_flags)
+    monkeypatch.setattr(speed, "measure_training", lambda *args: stages)
+    monkeypatch.setattr(time_to_quality, "train_version", train_version)
+    args = argparse.Namespace(minutes=10, device="cpu", samples=100)
+    [point] = time_to_quality.run_version("LatentDiffusionModel/v3", SCRIPT_V3, args, tmp_path)
+
+    epochs, share = time_to_quality.plan_training(stages, ["autoencoder_epochs", "epochs"], 600)
+    images = round(55_000 * share)
+    [(plan, name, last, budget)] = calls
+    assert plan == ["--autoencoder-epochs", str(epochs["autoencoder_epochs"]), "--epochs", str(epochs["epochs"]),
+                    "--train-images", str(images)]  # fmt: skip
+    assert (name, last, budget) == ("diffusion", epochs["epochs"], 600)
+    assert point.minutes == 0.7 and point.evaluations == 24
+    assert point.trained == f"{epochs['autoencoder_epochs']} + 1 epochs of {images:,} images"
+    assert len(quality.read_samples(point.samples)[0]) == 100
+
+
+def test_the_table_and_the_plot_are_written(scored_data_dir, tmp_path, monkeypatch):
+    test_images = fe.load_split(scored_data_dir, train=False)[0]
+    np.savez(tmp_path / "good.npz", test_images[..., None])
+    np.savez(tmp_path / "bad.npz", np.random.default_rng(0).integers(0, 256, (100, 28, 28, 1), np.uint8))
+
+    def points(name):
+        return time_to_quality.Point(name, 2_000_000, 1.5, "much", "euler", 12, tmp_path / f"{name}.npz")
+
+    monkeypatch.setattr(time_to_quality, "run_all", lambda *args: iter([[points("good")], [points("bad")]]))
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- time-to-quality:begin -->\nold\n<!-- time-to-quality:end -->\nb\n")
+    time_to_quality.main(
+        ["--samples", "100", "--data-dir", str(scored_data_dir), "--readme", str(readme), "--device", "cpu"]
+    )
+    text = readme.read_text()
+    assert "old" not in text and text.startswith("a\n") and text.endswith("\nb\n")
+    scores = dict(
+        re.findall(r"^\| (good|bad|real training images) .*\| (-?[\d.]+) \| -?[\d.]+% \|$", text, re.MULTILINE)
+    )
+    assert float(scores["good"]) == pytest.approx(0, abs=1e-3)
+    assert float(scores["good"]) < float(scores["real training images"]) < float(scores["bad"])
+    assert "| good | 2.00 M | 1.5 | much | euler: 12 |" in text and "![" in text
+    assert (tmp_path / "time_to_quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--samples", "99"], ["--marks", "0"]])
+def test_senseless_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        time_to_quality.main(arguments)
+    assert stop.value.code == 2 and "needs minutes above 0" in capsys.readouterr().err
+
+
+def test_the_command_line_from_outside(tmp_path):
+    result = run_script(speed.__file__, "nothing", cwd=tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
