@@ -973,7 +973,8 @@ def save_animation(noised: Tensor, trajectory: Tensor, captions: list[str], titl
         trajectory: uint8 (S + 1, 1, 28, 28), the model's states from the same noise to the same image.
         captions: of the trajectory's states, from noise to data.
     """
-    steps, font = len(noised) - 1, ImageFont.load_default(size=17)
+    dejavu = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Pillow's own font knows no Greek
+    steps, font = len(noised) - 1, ImageFont.truetype(dejavu, size=16)
     frames = []
     for index, picture in enumerate(torch.cat([noised, trajectory[1:-1]]).cpu().numpy()):
         frame = Image.new("L", (224, 254), 255)

@@ -64,7 +64,7 @@ OUTPUTS = (
     "guidance", "nearest_neighbours",
 )  # fmt: skip
 QUICK = {"train_images": 1280, "epochs": 2, "width": 16}  # what --quick changes
-RECIPES = {"cpu": {"epochs": 6}, "gpu": {"epochs": 200}}
+RECIPES = {"cpu": {"epochs": 8}, "gpu": {"epochs": 200}}
 
 
 def option(default, help: str, low=None, high=None, *, multiple=None, choices: tuple = (), resume: str = "match"):
@@ -87,8 +87,8 @@ class Config:
     train_images: int = option(55_000, "training images used, from the first on", 10, 55_000)
     checkpoint_minutes: float = option(3.0, "minutes between checkpoints within an epoch", 0.0, 1e4, resume="keep")
     # the diffusion
-    epochs: int = option(0, "epochs (0: 6 on a CPU, else 200)", 0, 100_000, resume="keep")
-    batch_size: int = option(64, "images a step", 1, 4096)
+    epochs: int = option(0, "epochs (0: 8 on a CPU, else 200)", 0, 100_000, resume="keep")
+    batch_size: int = option(32, "images a step", 1, 4096)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels of the UNet at 14x14; twice as many at 7x7", 8, 512, multiple=8)
     p_mean: float = option(-1.2, "mean of the training noise's ln sigma", -10.0, 10.0)
@@ -1029,7 +1029,8 @@ def save_animation(noised: Tensor, trajectory: Tensor, captions: list[str], titl
         trajectory: uint8 (S + 1, 1, 28, 28), the model's states from the same noise to the same image.
         captions: of the trajectory's states, from noise to data.
     """
-    steps, font = len(noised) - 1, ImageFont.load_default(size=17)
+    dejavu = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Pillow's own font knows no Greek
+    steps, font = len(noised) - 1, ImageFont.truetype(dejavu, size=16)
     frames = []
     for index, picture in enumerate(torch.cat([noised, trajectory[1:-1]]).cpu().numpy()):
         frame = Image.new("L", (224, 254), 255)
