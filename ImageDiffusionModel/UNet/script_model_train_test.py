@@ -64,7 +64,7 @@ OUTPUTS = (
     "guidance", "nearest_neighbours",
 )  # fmt: skip
 QUICK = {"train_images": 1280, "epochs": 2, "width": 16}  # what --quick changes
-RECIPES = {"cpu": {"epochs": 8}, "gpu": {"epochs": 200}}
+RECIPES = {"cpu": {"epochs": 12}, "gpu": {"epochs": 200}}
 
 
 def option(default, help: str, low=None, high=None, *, multiple=None, choices: tuple = (), resume: str = "match"):
@@ -87,11 +87,11 @@ class Config:
     train_images: int = option(55_000, "training images used, from the first on", 10, 55_000)
     checkpoint_minutes: float = option(3.0, "minutes between checkpoints within an epoch", 0.0, 1e4, resume="keep")
     # the diffusion
-    epochs: int = option(0, "epochs (0: 8 on a CPU, else 200)", 0, 100_000, resume="keep")
+    epochs: int = option(0, "epochs (0: 12 on a CPU, else 200)", 0, 100_000, resume="keep")
     batch_size: int = option(32, "images a step", 1, 4096)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
-    width: int = option(64, "channels of the UNet at 14x14; twice as many at 7x7", 8, 512, multiple=8)
-    p_mean: float = option(-1.2, "mean of the training noise's ln sigma", -10.0, 10.0)
+    width: int = option(48, "channels of the UNet at 14x14; twice as many at 7x7", 8, 512, multiple=8)
+    p_mean: float = option(-0.85, "mean of the training noise's ln sigma", -10.0, 10.0)
     p_std: float = option(1.2, "standard deviation of the training noise's ln sigma", 0.01, 10.0)
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
     ema_decay: float = option(0.998, "decay of the averaged weights a step", 0.0, 0.999999)

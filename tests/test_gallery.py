@@ -1,0 +1,101 @@
+"""gallery.py: which pictures it takes, and that they stay the same pictures."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
+import gallery
+
+
+def draw_still(path, shade, mode="RGBA"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (20, 10), shade).save(path)
+
+
+def draw_animation(path, shades, size=(280, 300)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = [Image.new("L", size, shade) for shade in shades]
+    first.save(path, save_all=True, append_images=others, duration=[500, 40, 300][: len(shades)], loop=0)
+
+
+@pytest.fixture
+def output(tmp_path):
+    """An output folder after 2, 9 and 10 epochs."""
+    output = tmp_path / "output"
+    for epoch in (2, 9, 10):
+        draw_still(output / "samples" / f"samples_epoch_{epoch}.png", (epoch, epoch, epoch, 255))
+        draw_still(output / "interpolation" / f"noises_epoch_{epoch}.png", (epoch, 0, 0, 255))
+        draw_animation(
+            output / "diffusion_animation" / f"diffusion_animation_class_Bag_epoch_{epoch}.gif", (0, 20 * epoch, 255)
+        )
+    draw_still(output / "loss_curves.png", (1, 2, 3, 255))
+    draw_still(output / "latent_space" / "latent_space.png", (9, 9, 9, 255))
+    draw_still(output / "samples" / "samples_Sandal.png", (0, 0, 0, 255))  # asked for, not a figure
+    draw_still(output / "old_runs" / "1" / "samples" / "samples_epoch_50.png", (0, 0, 0, 255))
+    return output
+
+
+def test_gallery_is_the_newest_of_each_figure_and_nothing_else(output, tmp_path):
+    folder = tmp_path / "gallery"
+    folder.mkdir()
+    (folder / "of_an_older_run.png").write_bytes(b"")
+    size = gallery.build_gallery(output, folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "diffusion_animation_class_Bag.gif",
+        "interpolation_noises.png",
+        "latent_space.png",
+        "loss_curves.png",
+        "samples.png",
+    }
+    assert size == sum(path.stat().st_size for path in folder.iterdir())
+    samples, noises = Image.open(folder / "samples.png"), Image.open(folder / "interpolation_noises.png")
+    assert (samples.mode, samples.getpixel((0, 0))) == ("L", 10)
+    assert (noises.mode, noises.getpixel((0, 0))) == ("RGB", (10, 0, 0))
+
+
+def test_animation_keeps_frames_timing_and_loop(output, tmp_path):
+    gallery.build_gallery(output, tmp_path / "gallery")
+    animation = Image.open(tmp_path / "gallery" / "diffusion_animation_class_Bag.gif")
+    assert (animation.size, animation.n_frames, animation.info["loop"]) == ((140, 150), 3, 0)
+    for frame, (duration, shade) in enumerate([(500, 0), (40, 200), (300, 255)]):
+        animation.seek(frame)
+        assert animation.info["duration"] == duration
+        np.testing.assert_allclose(np.asarray(animation.convert("L")).astype(float), shade, atol=2)
+
+
+def test_command_line_fills_the_gallery_of_the_version_and_warns_of_its_size(output, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "LatentDiffusionModel" / "v9" / "script_model_train_test.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("")
+    output.rename(script.parent / "output")
+    monkeypatch.setattr(gallery, "LIMIT", 100)
+    gallery.main(["LatentDiffusionModel/v9"], repository=tmp_path)
+    assert (script.parent / "gallery" / "samples.png").is_file()
+    assert "above the limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "version, words", [("LatentDiffusionModel/v8", "no version"), ("LatentDiffusionModel/v9", "no figures")]
+)
+def test_command_line_says_what_is_missing(version, words, tmp_path, capsys):
+    script = tmp_path / "LatentDiffusionModel" / "v9" / "script_model_train_test.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        gallery.main([version], repository=tmp_path)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (script.parent / "gallery").exists()
+
+
+def test_committed_galleries_are_within_the_limit():
+    for folder in REPOSITORY.glob("*/*/gallery"):
+        assert sum(path.stat().st_size for path in Path(folder).iterdir()) <= gallery.LIMIT, folder
