@@ -37,6 +37,8 @@ def output(tmp_path):
     draw_still(output / "loss_curves.png", (1, 2, 3, 255))
     draw_still(output / "latent_space" / "latent_space.png", (9, 9, 9, 255))
     draw_still(output / "samples" / "samples_Sandal.png", (0, 0, 0, 255))  # asked for, not a figure
+    samples = np.arange(120, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 28, 28, 1), np.uint8)
+    np.savez(output / "samples.npz", samples, np.arange(120) % 10)
     draw_still(output / "old_runs" / "1" / "samples" / "samples_epoch_50.png", (0, 0, 0, 255))
     return output
 
@@ -53,11 +55,15 @@ def test_gallery_is_the_newest_of_each_figure_and_nothing_else(output, tmp_path)
         "latent_space.png",
         "loss_curves.png",
         "samples.png",
+        "strip.png",
     }
     assert size == sum(path.stat().st_size for path in folder.iterdir())
     samples, noises = Image.open(folder / "samples.png"), Image.open(folder / "interpolation_noises.png")
     assert (samples.mode, samples.getpixel((0, 0))) == ("L", 10)
     assert (noises.mode, noises.getpixel((0, 0))) == ("RGB", (10, 0, 0))
+    strip = np.asarray(Image.open(folder / "strip.png")).reshape(60, 10, 60)
+    assert strip[30, :, 30].tolist() == list(range(10))  # with a black border
+    assert strip[:2].max() == strip[-2:].max() == strip[:, :, :2].max() == strip[:, :, -2:].max() == 0
 
 
 def test_animation_keeps_frames_timing_and_loop(output, tmp_path):

@@ -3,17 +3,20 @@
     python tests/benchmarks/gallery.py LatentDiffusionModel/v3                      from its output/
     python tests/benchmarks/gallery.py LatentDiffusionModel/v3 --output-dir DIR     from another folder
 
-Of each figure the newest one is taken, and its name loses the epoch. Animations are scaled down, everything is stored
-in as few bits as show no difference, and what an older run left in the gallery goes. Warns above 4 MB.
+Of each figure the newest one is taken, and its name loses the epoch; strip.png is the first ten samples of samples.npz,
+one of each class where there are classes. Animations are scaled down, everything is stored in as few bits as show no
+difference, and what an older run left in the gallery goes. Warns above 4 MB.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageSequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import quality
 import speed
 
 FIGURES = ("loss_curves.png", "samples/samples_epoch_*.png", "*/*_epoch_*.png", "*/*_epoch_*.gif", "*/latent_space.png")
@@ -51,18 +54,26 @@ def save_animation(source, target, width=ANIMATION_WIDTH):
     frames[0].save(target, save_all=True, append_images=frames[1:], duration=durations, loop=loop, optimize=True)
 
 
+def save_strip(source, target, count=10, enlargement=2):
+    """Write the first samples of an export side by side."""
+    images = quality.read_samples(source)[0][:count]
+    padded = np.pad(np.asarray(images), ((0, 0), (1, 1), (1, 1)))
+    strip = np.concatenate(list(padded), axis=1).repeat(enlargement, axis=0).repeat(enlargement, axis=1)
+    Image.fromarray(strip).save(target, optimize=True)
+
+
 def build_gallery(output, gallery):
-    """Fill a gallery from an output folder. Returns its bytes; raises ValueError where there are no figures."""
-    figures = newest_figures(output)
-    if not figures:
-        raise ValueError(f"{output} holds no figures")
+    """Fill a gallery from an output folder. Returns its bytes; raises ValueError where figures or samples lack."""
+    figures, samples = newest_figures(output), output / "samples.npz"
+    if not figures or not samples.is_file():
+        raise ValueError(f"{output} holds no {'samples.npz' if figures else 'figures'}")
     gallery.mkdir(exist_ok=True)
     for path in gallery.iterdir():
-        if path.name not in figures:
-            path.unlink()
+        path.unlink()
     for name, path in figures.items():
         save = save_animation if path.suffix == ".gif" else save_still
         save(path, gallery / name)
+    save_strip(samples, gallery / "strip.png")
     return sum(path.stat().st_size for path in gallery.iterdir())
 
 
