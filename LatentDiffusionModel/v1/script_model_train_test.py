@@ -64,7 +64,7 @@ OUTPUTS = (
     "diffusion_animation", "denoise_with_diffusion_path", "prior",
 )  # fmt: skip
 QUICK = {"train_images": 1280, "autoencoder_epochs": 1, "epochs": 2, "autoencoder_width": 8, "width": 16}  # --quick
-RECIPES = {"cpu": {"autoencoder_epochs": 2, "epochs": 10}, "gpu": {"autoencoder_epochs": 20, "epochs": 200}}
+RECIPES = {"cpu": {"autoencoder_epochs": 2, "epochs": 11}, "gpu": {"autoencoder_epochs": 20, "epochs": 200}}
 
 
 def option(default, help: str, low=None, high=None, *, multiple=None, choices: tuple = (), resume: str = "match"):
@@ -94,14 +94,14 @@ class Config:
     latent_channels: int = option(4, "channels of the 7x7 latent", 1, 64)
     kl_weight: float = option(0.1, "weight of the KL divergence in the ELBO, which has 1", 0.0, 100.0)
     # stage 2: the diffusion
-    epochs: int = option(0, "epochs of stage 2 (0: 10 on a CPU, else 200)", 0, 100_000, resume="keep")
+    epochs: int = option(0, "epochs of stage 2 (0: 11 on a CPU, else 200)", 0, 100_000, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels of the UNet at 7x7; twice as many at 4x4", 8, 512, multiple=8)
     ema_decay: float = option(0.998, "decay of the averaged weights a step", 0.0, 0.999999)
     # samples and figures
-    sampling_steps: int = option(30, "steps of DDIM", 1, 1000, resume="keep")
-    eta: float = option(0.0, "fresh noise of DDIM's steps: 0 none, 1 as much as DDPM's", 0.0, 1.0, resume="keep")
+    sampling_steps: int = option(36, "steps of DDIM", 1, 1000, resume="keep")
+    eta: float = option(1.0, "fresh noise of DDIM's steps: 0 none, 1 as much as DDPM's", 0.0, 1.0, resume="keep")
     sampling_seed: int = option(0, "seed of the noise that samples start from", 0, 2**31 - 1, resume="local")
     figures_every: int = option(50, "epochs of stage 2 between full sets of figures", 1, 100_000, resume="keep")
 
