@@ -64,7 +64,7 @@ OUTPUTS = (
     "guidance",
 )  # fmt: skip
 QUICK = {"train_images": 1280, "epochs": 2, "width": 64, "depth": 2, "sampling_steps": 10}  # --quick
-RECIPES = {"cpu": {"epochs": 8}, "gpu": {"epochs": 200}}
+RECIPES = {"cpu": {"epochs": 7}, "gpu": {"epochs": 200}}
 
 
 def option(default, help: str, low=None, high=None, *, multiple=None, choices: tuple = (), resume: str = "match"):
@@ -87,7 +87,7 @@ class Config:
     train_images: int = option(55_000, "training images used, from the first on", 10, 55_000)
     checkpoint_minutes: float = option(3.0, "minutes between checkpoints within an epoch", 0.0, 1e4, resume="keep")
     # training
-    epochs: int = option(0, "epochs of training (0: 8 on a CPU, else 200)", 0, 100_000, resume="keep")
+    epochs: int = option(0, "epochs of training (0: 7 on a CPU, else 200)", 0, 100_000, resume="keep")
     batch_size: int = option(32, "images a step", 1, 4096)
     learning_rate: float = option(1e-3, "peak learning rate", 1e-8, 1.0)
     patch_size: int = option(4, "side of a patch: 4 makes 49 tokens, 2 makes 196", 2, 4, multiple=2)
