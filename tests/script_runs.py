@@ -174,7 +174,8 @@ class RealRun:
             time.sleep(0.005)
 
     def signal(self, number):
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(self.process.pid, number)
 
     def end(self):
         """Wait for the end; returns the exit status (of a killed process -n) and the text on stderr."""
