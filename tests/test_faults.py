@@ -389,7 +389,7 @@ def test_download_that_fails_is_answered_and_the_next_one_works(module, serve, m
     """A network may also go away while it is used. Without a terminal the bars of a download are not seen."""
     set_timeout = socket.setdefaulttimeout
     set_timeout(30)  # a script that sets none shall not hang this test
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(0.3))
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(0.3 if kind == "silent" else 30))
     arguments = flags(module, tmp_path / "output", tmp_path / "data")
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections, and that is all
         serve(0.5)
@@ -400,6 +400,7 @@ def test_download_that_fails_is_answered_and_the_next_one_works(module, serve, m
         assert time.monotonic() - started < 25
     assert {"silent": "timed out", "broken": f"Error downloading {ARCHIVES[0]}"}[kind] in line
     assert ARCHIVES[0] in line and "from github.com/zalandoresearch/fashion-mnist" in line
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(30))
     serve(1.0)
     assert answer(module, arguments) == (0, "")
 
