@@ -1,5 +1,6 @@
 """Fixtures and helpers for all tests; test files import the helpers with `from conftest import ...`."""
 
+import functools
 import gzip
 import importlib.util
 import itertools
@@ -7,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,20 @@ ARCHIVES = [
 ]
 
 _module_numbers = itertools.count()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--faults", action="store_true", help="also run the tests that kill every script again and again")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "faults: takes minutes, runs with --faults only")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("faults") and not config.getoption("--faults"):
+            item.add_marker(pytest.mark.skip(reason="runs with --faults"))
 
 
 def load_script(path):
@@ -116,7 +132,31 @@ def real_data_dir():
     return provide_real_data(REPOSITORY / "data")
 
 
+@pytest.fixture
+def no_network(monkeypatch):
+    def urlopen(*args, **kwargs):
+        raise urllib.error.URLError("Network is unreachable")
+
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", urlopen)
+
+
 @pytest.fixture(scope="session")
 def script_v3():
     """LatentDiffusionModel/v3's script as a module."""
     return load_script(SCRIPT_V3)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(tiny_data_dir, tmp_path_factory):
+    """A function: the output folder of a script's tiny run, which nothing interrupted. Copy it before you change it."""
+    import script_runs  # which needs this file
+
+    @functools.cache
+    def undisturbed(path):
+        module, output = script_runs.load_without_figures(path), tmp_path_factory.mktemp("undisturbed")
+        assert script_runs.run(module, script_runs.flags(module, output, tiny_data_dir)) == 0
+        done = script_runs.steps(output)
+        assert done == {stage: {"autoencoder": 6, "diffusion": 9}[stage] for stage in done}
+        return output
+
+    return undisturbed

@@ -1,19 +1,85 @@
-"""Tiny runs of a script for the tests of resuming, of checkpoints and of the command line."""
+"""The scripts, and tiny runs of them, for the tests of resuming, of checkpoints, of faults and of the command line."""
 
+import builtins
+import contextlib
 import dataclasses
+import io
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
+from pathlib import Path
 
+import pytest
 import torch
 
 from conftest import SCRIPT_V3, load_script
+from sync_shared import find_scripts, read_definitions
 
+UNCONDITIONAL = {"ImageDiffusionModel/CNN", "LatentDiffusionModel/v1"}
+CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 WALL_CLOCK = ("seconds", "images_per_second")
 SAVERS = ("save_all_figures", "save_samples", "save_unconditional_samples", "save_reconstructions")  # of a training
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A script, and what its family and its name promise."""
+
+    path: Path
+
+    @property
+    def name(self):
+        return "/".join(self.path.parts[-3:-1])
+
+    @property
+    def conditional(self):
+        return self.name not in UNCONDITIONAL
+
+    @property
+    def latent(self):
+        return self.name.startswith("Latent")
+
+    @property
+    def stages(self):
+        return ["autoencoder", "diffusion"] if self.latent else ["diffusion"]
+
+    def figures(self, epoch):
+        """Paths of the figures of a run that has ended after `epoch`, and the folders whose files have other names."""
+        subjects = CLASSES if self.conditional else [f"sample {number}" for number in range(10)]
+        names = [f"{re.sub('[/ ]', '-', subject)}_epoch_{epoch}" for subject in subjects]
+        paths = {f"diffusion_animation/diffusion_animation_class_{name}.gif" for name in names}
+        paths |= {f"denoise_with_diffusion_path/denoising_path_{name}.png" for name in names}
+        paths |= {f"samples/samples_epoch_{number}.png" for number in range(1, epoch + 1)} | {"loss_curves.png"}
+        folders = {"reconstruction", "latent_space", "interpolation"} if self.latent else set()
+        if self.name == "LatentDiffusionModel/v3":
+            folders |= {"guidance", "nearest_neighbours"}
+        return paths, folders
+
+
+EXPERIMENTS = [Experiment(path) for path in find_scripts()]
+
+
+def each_of(experiments):
+    """A mark that runs a test once for each of them, as its argument `experiment`."""
+    return pytest.mark.parametrize("experiment", experiments, ids=lambda each: each.name, scope="module")
+
+
+def one_of_each(*names):
+    """`each_of`, with one script for each different source of the definitions called `names`: where the scripts that
+    have them are the same to the byte, one test is enough."""
+    by_source = {}
+    for experiment in EXPERIMENTS:
+        lines, ranges = read_definitions(experiment.path)
+        if ranges.keys() >= set(names):
+            by_source[tuple("\n".join(lines[slice(*ranges[name])]) for name in names)] = experiment
+    return each_of(list(by_source.values()))
+
+
+every_script = each_of(EXPERIMENTS)
 
 
 def load_without_figures(path=SCRIPT_V3):
@@ -53,11 +119,28 @@ def run(module, arguments):
         return error.code
 
 
+def answer(module, arguments):
+    """`run`, without output; returns the exit status and the text on stderr."""
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True) for _ in range(2)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        status = run(module, arguments)
+    return status, streams[1].buffer.getvalue().decode()
+
+
+def refusal(module, arguments, status=2):
+    """Run the script, which must end with `status` and one line of error; returns the line."""
+    code, error = answer(module, arguments)
+    assert code == status, error
+    assert len(error.splitlines()) == 1, error
+    assert error.startswith("error: ")
+    return error
+
+
 class RealRun:
-    """A run of v3 without figures in a process of its own, which can be killed.
+    """A run of a script without figures in a process of its own, which can be killed.
 
     It is forked from a server that has imported the packages, which saves seconds a process. `prepare(module)`, a
-    function at the top level of a test file, may change the script first.
+    function of this file or a partial of one, may change the script first.
     """
 
     context = multiprocessing.get_context("forkserver")
@@ -65,19 +148,19 @@ class RealRun:
         ["torch._dynamo", "matplotlib.figure", "sklearn.decomposition", "sklearn.manifold", "torchvision"]
     )
 
-    def __init__(self, folder, arguments, prepare=None):
+    def __init__(self, path, folder, arguments, prepare=None):
         self.out, self.err = folder / "stdout.txt", folder / "stderr.txt"
         self.out.write_text("")
-        target = (self.out, self.err, arguments, prepare, torch.get_num_threads())
+        target = (path, self.out, self.err, arguments, prepare, torch.get_num_threads())
         self.process = self.context.Process(target=self.main, args=target, daemon=True)
         self.process.start()
 
     @staticmethod
-    def main(out, err, arguments, prepare, threads):
-        for path, stream in ((out, sys.stdout), (err, sys.stderr)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    def main(path, out, err, arguments, prepare, threads):
+        for target, stream in ((out, sys.stdout), (err, sys.stderr)):
+            os.dup2(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
         torch.set_num_threads(threads)  # the same bits as in the tests' own process
-        module = load_without_figures()
+        module = load_without_figures(path)
         if prepare:
             prepare(module)
         sys.exit(run(module, arguments))
@@ -91,12 +174,68 @@ class RealRun:
             time.sleep(0.005)
 
     def signal(self, number):
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(self.process.pid, number)
 
     def end(self):
         """Wait for the end; returns the exit status (of a killed process -n) and the text on stderr."""
         self.process.join(60)
         return self.process.exitcode, self.err.read_text()
+
+
+def wait_in_step(module, step, signals):
+    """Let the training step number `step`, counted from 1, print "busy" and end when so many signals have come."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
+
+    def wait():
+        print("busy")
+        for _ in range(signals):
+            os.read(read_end, 1)
+
+    act_at_step(pytest.MonkeyPatch(), module, step, wait)
+
+
+def kill_at_operation(module, number):
+    """Let the process die, as by SIGKILL, at its file operation number `number`, as `act_at_operation` counts."""
+    act_at_operation(pytest.MonkeyPatch(), module, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def act_at_operation(monkeypatch, module, number, action):
+    """Call `action` at the script's file operation number `number`, from 0; returns the list of those that were begun.
+
+    What counts is every write (half of it done), fsync, and os.replace (before it and after it).
+    """
+    operations, real_fsync, real_replace = [], os.fsync, os.replace
+
+    def count(name):
+        operations.append(name)
+        if len(operations) == number + 1:
+            action()
+
+    class File(io.FileIO):
+        def write(self, content):
+            super().write(content[: len(content) // 2])
+            count(f"write {self.name}")
+            return super().write(content[len(content) // 2 :])
+
+    def fsync(file):
+        count("fsync")
+        real_fsync(file)
+
+    def replace(source, target):
+        count(f"before replace {target}")
+        real_replace(source, target)
+        count(f"after replace {target}")
+
+    def open_counted(path, mode="r", **options):
+        return File(path, mode) if mode == "wb" else builtins.open(path, mode, **options)
+
+    monkeypatch.setattr(module, "open", open_counted, raising=False)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    return operations
 
 
 def act_at_step(monkeypatch, module, step, action):
@@ -124,6 +263,18 @@ def read(output, name="last.pt"):
 def steps(output, name="last.pt"):
     """The steps that each stage has done, by a checkpoint."""
     return {stage: state["step"] for stage, state in read(output, name)["stages"].items()}
+
+
+def files_below(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_ends_as(undisturbed, output, module, arguments):
+    """Run the script on `output`: it must end with the bits, and the files, of the undisturbed run."""
+    status, error = answer(module, arguments)
+    assert (status, error) == (0, ""), error
+    different = differences(read(undisturbed), read(output)) + sorted(files_below(undisturbed) ^ files_below(output))
+    assert different == [], different
 
 
 def differences(a, b, place="checkpoint"):

@@ -19,53 +19,25 @@ from PIL import Image
 from scipy.stats import kstest
 
 from conftest import load_script, run_script
-from script_runs import differences, flags, interrupt_at_step, load_without_figures, read, run, steps
-from sync_shared import find_scripts
+from script_runs import (
+    CLASSES,
+    differences,
+    every_script,
+    files_below,
+    flags,
+    interrupt_at_step,
+    load_without_figures,
+    read,
+    run,
+    steps,
+)
 from test_v3_blocks import perturb
 
-UNCONDITIONAL = {"ImageDiffusionModel/CNN", "LatentDiffusionModel/v1"}
-CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 COLUMNS = ["stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate", "seconds", "images_per_second"]
 EXPORTED = 24
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A script, and what its family and its name promise."""
-
-    path: Path
-
-    @property
-    def name(self):
-        return "/".join(self.path.parts[-3:-1])
-
-    @property
-    def conditional(self):
-        return self.name not in UNCONDITIONAL
-
-    @property
-    def latent(self):
-        return self.name.startswith("Latent")
-
-    @property
-    def stages(self):
-        return ["autoencoder", "diffusion"] if self.latent else ["diffusion"]
-
-    def figures(self, epoch):
-        """Paths of the figures of a run that has ended after `epoch`, and the folders whose files have other names."""
-        subjects = CLASSES if self.conditional else [f"sample {number}" for number in range(10)]
-        names = [f"{re.sub('[/ ]', '-', subject)}_epoch_{epoch}" for subject in subjects]
-        paths = {f"diffusion_animation/diffusion_animation_class_{name}.gif" for name in names}
-        paths |= {f"denoise_with_diffusion_path/denoising_path_{name}.png" for name in names}
-        paths |= {f"samples/samples_epoch_{number}.png" for number in range(1, epoch + 1)} | {"loss_curves.png"}
-        folders = {"reconstruction", "latent_space", "interpolation"} if self.latent else set()
-        if self.name == "LatentDiffusionModel/v3":
-            folders |= {"guidance", "nearest_neighbours"}
-        return paths, folders
-
-
-EXPERIMENTS = [Experiment(path) for path in find_scripts()]
-pytestmark = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda each: each.name, scope="module")
+pytestmark = every_script
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +47,9 @@ def module(experiment):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(experiment, module, tiny_data_dir, tmp_path_factory):
+def undisturbed(experiment, undisturbed_run):
     """Output folder of a tiny run that nothing has interrupted."""
-    output = tmp_path_factory.mktemp("undisturbed")
-    assert run(module, flags(module, output, tiny_data_dir)) == 0
-    assert steps(output) == {stage: {"autoencoder": 6, "diffusion": 9}[stage] for stage in experiment.stages}
-    return output
-
-
-def files_below(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return undisturbed_run(experiment.path)
 
 
 # Alone in a folder
@@ -342,7 +307,7 @@ def test_help_tells_type_default_and_limits_of_every_field(module, described):
         if field.type in (int, float):
             low, high = field.metadata["low"], field.metadata["high"]
             assert low <= default <= high
-            assert f"{low:g} to {high:g}" in text
+            assert f"{low:.10g} to {high:.10g}" in text
 
 
 def test_help_describes_the_other_flags(experiment, described):

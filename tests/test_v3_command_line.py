@@ -1,22 +1,18 @@
 """v3's command line: it explains itself, answers mistakes with one line, and works wherever and however it is run."""
 
-import dataclasses
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import FashionMNIST
-from torchvision.datasets.utils import calculate_md5
 
-from conftest import ARCHIVES, SCRIPT_V3
+from conftest import SCRIPT_V3
 from script_runs import flags, load_without_figures, read, run, tiny_settings
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -56,31 +52,7 @@ def fails(module, capsys):
     return fails
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def urlopen(*args, **kwargs):
-        raise urllib.error.URLError("Network is unreachable")
-
-    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", urlopen)
-
-
-@pytest.fixture
-def data(tiny_data_dir, tmp_path):
-    """A copy of the tiny data set's raw folder, to be damaged; `data.parents[1]` goes to --data-dir."""
-    return shutil.copytree(tiny_data_dir, tmp_path / "data") / "FashionMNIST" / "raw"
-
-
 # Mistakes
-
-
-def test_value_out_of_range_is_answered_with_the_range(module, fails):
-    for field in dataclasses.fields(module.Config):
-        if field.type in (int, float):
-            low, high = field.metadata["low"], field.metadata["high"]
-            for value in (low - 1, high + 1 if field.type is int else 2 * high + 1):
-                line = fails(f"--{field.name.replace('_', '-')}={value}")
-                assert f"--{field.name.replace('_', '-')}" in line
-                assert f"{low:g} to {high:g}" in line
 
 
 @pytest.mark.parametrize(
@@ -96,7 +68,7 @@ def test_value_out_of_range_is_answered_with_the_range(module, fails):
         (["--class=Sandal"], ["--sample-only"]),
         (["--num-samples=16"], ["--sample-only"]),
         (["--sample-only", "--num-samples=0"], ["--num-samples", "1 to 10000"]),
-        (["--export-samples=0"], ["--export-samples", "1 to 1e+06"]),
+        (["--export-samples=0"], ["--export-samples", "1 to 1000000"]),
         (["--quick", "stray"], ["stray"]),
     ],
 )
@@ -127,71 +99,12 @@ def test_sample_only_without_a_checkpoint_says_how_to_train_one(fails, tmp_path)
     assert "without --sample-only to train" in fails("--sample-only", f"--output-dir={tmp_path}")
 
 
-@pytest.mark.parametrize("below", ["", "folder"])
-def test_output_path_that_is_a_file_is_named(module, fails, tiny_data_dir, tmp_path, below):
-    (tmp_path / "file").write_text("precious")
-    assert str(tmp_path / "file") in fails(*flags(module, tmp_path / "file" / below, tiny_data_dir))
-    assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_second_run_on_one_output_folder_is_turned_away(module, fails, tiny_data_dir, output):
-    before = (output / "checkpoints" / "last.pt").read_bytes()
-    with module.locked_output(output):
-        assert str(output) in fails(*flags(module, output, tiny_data_dir, epochs=5))
-        assert str(output) in fails(*flags(module, output, tiny_data_dir), "--fresh")
-    assert (output / "checkpoints" / "last.pt").read_bytes() == before
-    assert run(module, flags(module, output, tiny_data_dir, autoencoder_epochs=1)) == 0  # the lock file is no lock
-
-
 @pytest.mark.parametrize("mistake", ["--device=warp", "--data-dir=/dev/null", "--no-such-flag"])
 def test_mistake_beside_fresh_leaves_the_old_run_in_its_place(
     module, fails, no_network, tiny_data_dir, output, mistake
 ):
     fails(*flags(module, output, tiny_data_dir), "--fresh", mistake)
     assert (output / "checkpoints" / "last.pt").exists()
-
-
-# Data
-
-
-def test_no_data_and_no_network_names_the_files_and_the_folder(module, fails, no_network, tmp_path):
-    line = fails(*flags(module, tmp_path / "output", tmp_path / "data"))
-    for part in [*ARCHIVES, str(tmp_path / "data" / "FashionMNIST" / "raw"), "zalandoresearch/fashion-mnist"]:
-        assert part in line
-
-
-def test_damaged_archive_names_the_files(module, fails, no_network, data, tmp_path):
-    for name in ARCHIVES:
-        (data / name.removesuffix(".gz")).unlink()
-    (data / ARCHIVES[0]).write_bytes((data / ARCHIVES[0]).read_bytes()[:-100])
-    line = fails(*flags(module, tmp_path / "output", data.parents[1]))
-    assert ARCHIVES[0] in line and str(data) in line
-
-
-@pytest.mark.parametrize("kind", ["folder in its place", "data folder is a file"])
-def test_unreadable_data_is_named(module, fails, no_network, data, tmp_path, kind):
-    if kind == "folder in its place":
-        path, root = data / "train-images-idx3-ubyte", data.parents[1]
-        path.unlink()
-        path.mkdir()
-    else:
-        path = root = tmp_path / "file"
-        path.write_text("no folder")
-    assert str(path) in fails(*flags(module, tmp_path / "output", root))
-
-
-@pytest.mark.parametrize("kind", ["cut short", "empty", "wrong kind"])
-@pytest.mark.parametrize("number", [0, 1])
-def test_damaged_unpacked_file_is_unpacked_again(module, no_network, monkeypatch, data, capsys, kind, number):
-    resources = [(name, calculate_md5(data / name)) for name in ARCHIVES]
-    monkeypatch.setattr(FashionMNIST, "resources", resources)  # of the tiny data set
-    path = data / ARCHIVES[number].removesuffix(".gz")
-    good = path.read_bytes()
-    path.write_bytes({"cut short": good[:-1], "empty": b"", "wrong kind": b"\0\0\x0d" + good[3:]}[kind])
-    loaded = module.load_fashion_mnist(data.parents[1], 55_000, torch.device("cpu"))
-    assert path.read_bytes() == good
-    assert str(path) in capsys.readouterr().out
-    assert len(loaded.train_images) + len(loaded.validation_images) == 640
 
 
 # Samples

@@ -2,10 +2,8 @@
 
 import csv
 import random
-import re
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ import torch
 
 from conftest import SCRIPT_V3, load_script
 from script_runs import (
-    RealRun,
     act_at_step,
     differences,
     flags,
@@ -33,12 +30,9 @@ def module():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(module, tiny_data_dir, tmp_path_factory):
+def undisturbed(undisturbed_run):
     """Output folder of a run that nothing has interrupted. Copy it before you change it."""
-    output = tmp_path_factory.mktemp("undisturbed")
-    assert run(module, flags(module, output, tiny_data_dir)) == 0
-    assert steps(output) == {"autoencoder": 6, "diffusion": 9}
-    return output
+    return undisturbed_run(SCRIPT_V3)
 
 
 @pytest.fixture
@@ -72,11 +66,30 @@ def test_checkpoints_within_an_epoch_do_not_change_the_bits(module, undisturbed,
     assert steps(tmp_path)["diffusion"] - 1 == read(tmp_path, "previous.pt")["stages"]["diffusion"]["step"]
 
 
-def test_another_seed_changes_the_bits(module, undisturbed, tiny_data_dir, tmp_path):
+SEEDED = [("autoencoder", "order"), ("autoencoder", "step"), ("diffusion", "order"), ("diffusion", "step")]
+
+
+@pytest.mark.parametrize("parts", [("initial weights",), *SEEDED], ids=" ".join)
+def test_another_seed_changes_the_bits(module, undisturbed, monkeypatch, tiny_data_dir, tmp_path, parts):
+    """Each use of the seed for itself, while the others have that of the undisturbed run."""
+    real = module.derived_seed
+
+    def derived_seed(seed, *rest):
+        return real(seed if rest[: len(parts)] == parts else 0, *rest)
+
+    monkeypatch.setattr(module, "derived_seed", derived_seed)
     assert run(module, flags(module, tmp_path, tiny_data_dir, seed=1)) == 0
     a, b = read(undisturbed)["stages"], read(tmp_path)["stages"]
-    for stage in a:
-        assert differences(a[stage]["model"], b[stage]["model"])
+    changed = [stage for stage in a if differences(a[stage]["model"], b[stage]["model"])]
+    assert changed == (["diffusion"] if parts[0] == "diffusion" else ["autoencoder", "diffusion"])
+
+
+def test_nothing_else_depends_on_the_seed(module, undisturbed, monkeypatch, tiny_data_dir, tmp_path):
+    """The ruler of the test above."""
+    real = module.derived_seed
+    monkeypatch.setattr(module, "derived_seed", lambda seed, *parts: real(0, *parts))
+    assert run(module, flags(module, tmp_path, tiny_data_dir, seed=1)) == 0
+    assert differences(read(undisturbed)["stages"], read(tmp_path)["stages"]) == []
 
 
 @pytest.mark.parametrize("step", [2, 9])
@@ -208,82 +221,6 @@ def test_metrics_are_the_history(undisturbed):
     names = ["stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate", "seconds", "images_per_second"]
     assert list(rows[0]) == names
     assert rows == [{name: str(value) for name, value in row.items()} for row in history]
-
-
-def test_loss_that_is_not_finite_stops_the_run(module, monkeypatch, capsys, tiny_data_dir, tmp_path):
-    real, calls = module.train_step, []
-
-    def poisoned_step(*args):
-        calls.append(args)
-        loss = real(*args)
-        return loss * float("nan") if len(calls) == 5 else loss
-
-    monkeypatch.setattr(module, "train_step", poisoned_step)
-    assert run(module, flags(module, tmp_path, tiny_data_dir)) == 1
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1
-    assert "autoencoder" in error
-    assert re.search("step [45]", error)  # counted from 0 or 1
-    assert str(tmp_path / "checkpoints" / "last.pt") in error
-    assert steps(tmp_path)["autoencoder"] == 3
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_ends_the_process_with_its_status_and_a_hint(module, tiny_data_dir, tmp_path, number, status):
-    real_run = RealRun(tmp_path, flags(module, tmp_path, tiny_data_dir, autoencoder_epochs=9999))
-    real_run.wait_for("epoch 1 of")
-    real_run.signal(number)
-    code, error = real_run.end()
-    assert code == status
-    assert len(error.splitlines()) == 1
-    assert "resume" in error
-    done = steps(tmp_path)["autoencoder"]
-    assert done >= 3
-    assert f"step {done} of" in error
-
-
-def dwell_in_step_5(module):
-    """Make the fifth step last for minutes."""
-    real, calls = module.train_step, []
-
-    def train_step(*args):
-        calls.append(args)
-        if len(calls) == 5:
-            print("busy")
-            time.sleep(300)
-        return real(*args)
-
-    module.train_step = train_step
-
-
-def test_second_ctrl_c_stops_at_once(module, tiny_data_dir, tmp_path):
-    real_run = RealRun(tmp_path, flags(module, tmp_path, tiny_data_dir), dwell_in_step_5)
-    real_run.wait_for("busy")
-    real_run.signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert real_run.process.is_alive()  # the first one waits for the end of the step
-    real_run.signal(signal.SIGINT)
-    code, error = real_run.end()
-    assert code in (130, -signal.SIGINT)
-    assert "Traceback" not in error
-    assert steps(tmp_path)["autoencoder"] == 3  # the last checkpoint stands
-
-
-@pytest.mark.parametrize("begun", [0, 6], ids=["autoencoder", "diffusion"])
-def test_killed_process_resumes_to_the_same_bits(module, undisturbed, tiny_data_dir, tmp_path, begun):
-    """SIGKILL at moments that nobody chose, in either stage, while much of the time goes into saving."""
-    chance, arguments, codes = random.Random(begun), flags(module, tmp_path, tiny_data_dir, checkpoint_minutes=0), []
-    if begun:
-        assert interrupted_run(module, arguments, begun) == 130
-    for _ in range(3):
-        real_run = RealRun(tmp_path, arguments)
-        real_run.wait_for("to do:")
-        time.sleep(chance.uniform(0, 0.2))
-        real_run.signal(signal.SIGKILL)
-        codes.append(real_run.end()[0])
-    assert -signal.SIGKILL in codes
-    assert run(module, arguments) == 0
-    assert differences(read(undisturbed), read(tmp_path)) == []
 
 
 def test_act_at_step_counts_from_one(module, monkeypatch, tiny_data_dir, tmp_path):

@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 import zipfile
@@ -124,7 +125,7 @@ class CommandLine(argparse.ArgumentParser):
         """A flag that is not given leaves no attribute behind."""
         for field in dataclasses.fields(config_class):
             rules, name = field.metadata, field.name.replace("_", "-")
-            limits = "" if rules["low"] is None else f", {rules['low']:g} to {rules['high']:g}"
+            limits = "" if rules["low"] is None else f", {rules['low']:.10g} to {rules['high']:.10g}"
             limits += "" if rules["multiple"] is None else f", a multiple of {rules['multiple']}"
             text = f"{rules['help']} ({field.type.__name__}{limits}; default: {field.default!r})".replace("%", "%%")
             parse = bounded(field.type, rules["low"], rules["high"], rules["multiple"])
@@ -145,7 +146,7 @@ def bounded(kind: type, low, high, multiple=None) -> Callable[[str], object]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
         if low is not None and not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in the range {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not in the range {low:.10g} to {high:.10g}")
         if multiple is not None and value % multiple:
             raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}")
         return value
@@ -251,12 +252,15 @@ def load_fashion_mnist(data_dir: Path, train_images: int, device: torch.device) 
     Raises ExperimentError that names the archives, the folder they belong in and where they come from.
     """
     raw = data_dir / "FashionMNIST" / "raw"
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    socket.setdefaulttimeout(60)  # torchvision sets none, and an unplugged network would hang the run
     try:
         for path in [raw / name for name in RAW_FILES]:
             if path.exists() and not is_whole(path):  # a kill while unpacking; torchvision looks at the name only
                 print(f"warning: {path} is damaged, unpacking it again")
                 path.unlink()
-        dataset = FashionMNIST(data_dir, train=True, download=True)
+        with bars:  # torchvision's, which are no plain lines
+            dataset = FashionMNIST(data_dir, train=True, download=True)
     except (RuntimeError, OSError, HTTPException) as error:
         raise ExperimentError(
             f"cannot read Fashion-MNIST ({' '.join(str(error).split())[:300]}). Without a network, put "
@@ -929,8 +933,10 @@ def file_name(title: str) -> str:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Saves a figure as PNG, in a folder that need not exist yet."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100, bbox_inches="tight", pad_inches=0.1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.1)
+    write_atomically(path, content.getvalue())
 
 
 def draw_grid(axes, images: Tensor, rows: list[str], columns: list[str]) -> None:
@@ -994,8 +1000,10 @@ def save_animation(noised: Tensor, trajectory: Tensor, captions: list[str], titl
         draw.text((218, 4), captions[abs(steps - index)], font=font, fill=0, anchor="ra")
         frames.append(frame)
     milliseconds = [1200 if index == 0 else 500 if index == steps else 80 for index in range(len(frames))]
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    write_atomically(path, content.getvalue())
 
 
 def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int | None = None) -> None:
@@ -1264,20 +1272,19 @@ def exit_status(main_function: Callable[[], None]) -> int:
         main_function()
         return 0
     except ExperimentError as error:
-        print(f"{'' if error.status > 128 else 'error: '}{error}", file=sys.stderr)
-        return error.status
+        status, line = error.status, f"{'' if error.status > 128 else 'error: '}{error}"
     except KeyboardInterrupt:
-        return 130
+        status, line = 130, "SIGINT: run again to resume"
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except torch.OutOfMemoryError:
-        print("error: the device is out of memory: smaller batches or widths need less", file=sys.stderr)
-        return 1
+        status, line = 1, "error: the device is out of memory: smaller batches or widths need less"
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; any earlier checkpoint stands", file=sys.stderr)
-        return 1
+        status, line = 1, f"error: {error.strerror or error}{where}; any earlier checkpoint stands"
+    print(" ".join(line.splitlines()), file=sys.stderr)  # even the name of a file may have several
+    return status
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""v3's checkpoints: whatever happens to the files, or while they are written, no run is lost that need not be."""
+"""Whatever happens to the files of checkpoints, or while they are written, no run is lost that need not be."""
 
-import builtins
 import contextlib
 import errno
 import io
@@ -14,9 +13,27 @@ import zipfile
 import pytest
 import torch
 
-from script_runs import act_at_step, differences, flags, load_without_figures, read, run, steps
+from script_runs import (
+    EXPERIMENTS,
+    act_at_operation,
+    act_at_step,
+    differences,
+    every_script,
+    files_below,
+    flags,
+    load_without_figures,
+    one_of_each,
+    read,
+    refusal,
+    run,
+    steps,
+)
 
 SHORT = {"train_images": 16, "autoencoder_epochs": 1, "epochs": 1}  # one step a stage, so two saves a run
+one_of_each_source = one_of_each(
+    "write_atomically", "save_checkpoint", "read_checkpoint", "find_checkpoint", "set_damaged_aside", "move_aside",
+    "Run", "train", "exit_status",
+)  # fmt: skip
 
 
 class Killed(BaseException):
@@ -24,16 +41,14 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def module():
-    return load_without_figures()
+def module(experiment):
+    return load_without_figures(experiment.path)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(module, tiny_data_dir, tmp_path_factory):
+def undisturbed(experiment, undisturbed_run):
     """Output folder of a finished run, with last.pt and previous.pt. Copy it before you change it."""
-    output = tmp_path_factory.mktemp("undisturbed")
-    assert run(module, flags(module, output, tiny_data_dir)) == 0
-    return output
+    return undisturbed_run(experiment.path)
 
 
 @pytest.fixture(scope="module")
@@ -49,39 +64,12 @@ def output(undisturbed, tmp_path):
 
 
 def fail_at(monkeypatch, module, number, error):
-    """Let the file operation number `number` (from 0) of the script fail; returns the list of those that were begun.
+    """Let the file operation number `number` of the script fail, as `act_at_operation` counts."""
 
-    What counts is every write (which fails with half of it written), fsync, and os.replace (before it and after it).
-    """
-    operations, real_fsync, real_replace = [], os.fsync, os.replace
+    def fail():
+        raise error
 
-    def count(name):
-        operations.append(name)
-        if len(operations) == number + 1:
-            raise error
-
-    class File(io.FileIO):
-        def write(self, content):
-            super().write(content[: len(content) // 2])
-            count(f"write {self.name}")
-            return super().write(content[len(content) // 2 :])
-
-    def fsync(file):
-        count("fsync")
-        real_fsync(file)
-
-    def replace(source, target):
-        count(f"before replace {target}")
-        real_replace(source, target)
-        count(f"after replace {target}")
-
-    def open_counted(path, mode="r", **options):
-        return File(path, mode) if mode == "wb" else builtins.open(path, mode, **options)
-
-    monkeypatch.setattr(module, "open", open_counted, raising=False)
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
-    return operations
+    return act_at_operation(monkeypatch, module, number, fail)
 
 
 def readable(module, output):
@@ -110,6 +98,7 @@ def short(module, tiny_data_dir, tmp_path_factory):
     return read(output), operations
 
 
+@one_of_each_source
 def test_kill_at_any_file_operation_of_a_save(module, short, tiny_data_dir, tmp_path, capsys, monkeypatch):
     """At every moment from the end of the first save on one checkpoint is whole, and a rerun goes on from it."""
     expected, names = short
@@ -131,6 +120,7 @@ def test_kill_at_any_file_operation_of_a_save(module, short, tiny_data_dir, tmp_
         assert differences(expected, read(output)) == [], names[number]
 
 
+@one_of_each_source
 @pytest.mark.parametrize("operation", ["write", "fsync"])
 def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     module, short, tiny_data_dir, tmp_path, capsys, operation
@@ -156,19 +146,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
         assert differences(expected, read(output)) == []
 
 
-def test_full_disk_while_figures_are_drawn_is_one_line(module, tiny_data_dir, output, monkeypatch, capsys):
-    def save_all_figures(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output / "samples.png"))
-
-    monkeypatch.setattr(module, "save_all_figures", save_all_figures)
-    assert run(module, flags(module, output, tiny_data_dir)) == 1
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert "No space left on device" in error
-    assert str(output / "samples.png") in error
-    assert readable(module, output) == ["last.pt", "previous.pt"]
-
-
+@one_of_each_source
 def test_loader_refuses_a_truncated_file(module, whole, tmp_path):
     content, path, chance = whole[0], tmp_path / "last.pt", random.Random(0)
     for length in [0, 1, len(content) - 1, *(chance.randrange(len(content)) for _ in range(50))]:
@@ -182,6 +160,7 @@ def flip(content, place, bit):
     return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
 
 
+@one_of_each_source
 @pytest.mark.parametrize("part", ["anywhere", "in the directory"])
 def test_loader_notices_a_flipped_bit_or_it_changes_nothing(module, whole, tmp_path, part):
     """The directory of the archive is protected by no checksum, so it is tried for itself."""
@@ -196,6 +175,7 @@ def test_loader_notices_a_flipped_bit_or_it_changes_nothing(module, whole, tmp_p
     assert refused > 10
 
 
+@one_of_each_source
 def test_loader_notices_a_tensor_turned_into_a_folder(module, whole, tmp_path):
     """The one bit in a zip directory that makes torch.load return memory it never filled, and no CRC notices."""
     content, path, place = whole[0], tmp_path / "last.pt", zipfile.ZipFile(io.BytesIO(whole[0])).start_dir
@@ -254,6 +234,7 @@ def empty_zip():
 STRANGE = list(strange_files("", {"format": 1, "version": "", "config": {}}))
 
 
+@one_of_each_source
 @pytest.mark.parametrize("kind", STRANGE)
 def test_strange_file_in_the_place_of_all_checkpoints(module, whole, tiny_data_dir, tmp_path, capsys, kind):
     marker, folder = tmp_path / "executed", tmp_path / "output" / "checkpoints"
@@ -269,6 +250,7 @@ def test_strange_file_in_the_place_of_all_checkpoints(module, whole, tiny_data_d
     assert (folder / "last.pt").read_bytes() == content  # it may be of use to somebody yet
 
 
+@one_of_each_source
 def test_bomb_would_go_off(tmp_path, whole):
     """The bombs above are live: an unguarded loader executes them."""
     for number, kind in enumerate(["bomb", "old bomb"]):
@@ -278,12 +260,16 @@ def test_bomb_would_go_off(tmp_path, whole):
         assert marker.exists()
 
 
+@every_script
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "missing", "bomb"])
-def test_damaged_last_checkpoint_falls_back_to_the_previous(module, whole, tiny_data_dir, output, capsys, kind):
+def test_damaged_last_checkpoint_falls_back_to_the_previous(
+    module, whole, undisturbed, tiny_data_dir, output, monkeypatch, capsys, kind
+):
     folder, marker = output / "checkpoints", output / "executed"
+    weights = next(iter(whole[1]["stages"]["diffusion"]["model"].values())).numpy().tobytes()
     damaged = {
         "truncated": whole[0][: len(whole[0]) // 2],
-        "flipped": flip(whole[0], len(whole[0]) // 2, 3),
+        "flipped": flip(whole[0], whole[0].index(weights), 3),
         "bomb": saved({**whole[1], "history": Bomb(marker)}),
         "missing": None,
     }[kind]
@@ -293,20 +279,23 @@ def test_damaged_last_checkpoint_falls_back_to_the_previous(module, whole, tiny_
         (folder / "last.pt").write_bytes(damaged)
     assert steps(output, "previous.pt")["diffusion"] == 6
     real, trained = module.train_step, []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "train_step", lambda *args: trained.append(1) or real(*args))
-        assert run(module, flags(module, output, tiny_data_dir)) == 0
+    monkeypatch.setattr(module, "train_step", lambda *args: trained.append(1) or real(*args))
+    monkeypatch.setattr(module, "announce_plan", lambda *args: None)  # its trial steps take time
+    assert run(module, flags(module, output, tiny_data_dir)) == 0
     assert len(trained) == 3  # those since the previous checkpoint
-    warnings = [line for line in "".join(capsys.readouterr()).splitlines() if line.startswith("warning")]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert any(str(folder / "last.pt") in line for line in warnings)
     assert any("previous.pt" in line for line in warnings)
-    assert differences(whole[1], read(output)) == []
-    assert readable(module, output) == ["last.pt", "previous.pt"]
-    if damaged is not None:  # set aside, not deleted
-        assert damaged in [path.read_bytes() for path in folder.iterdir()]
     assert not marker.exists()
+    if damaged is not None:  # set aside, not deleted
+        [aside] = folder.glob("damaged_*.pt")
+        assert aside.read_bytes() == damaged
+        aside.unlink()
+    assert differences(whole[1], read(output)) == []
+    assert files_below(output) == files_below(undisturbed)
 
 
+@one_of_each_source
 def test_damaged_previous_checkpoint_is_no_matter(module, whole, tiny_data_dir, output):
     (output / "checkpoints" / "previous.pt").write_bytes(b"garbage")
     assert run(module, flags(module, output, tiny_data_dir, epochs=4)) == 0
@@ -314,6 +303,7 @@ def test_damaged_previous_checkpoint_is_no_matter(module, whole, tiny_data_dir, 
     assert differences(whole[1], read(output, "previous.pt")) == []
 
 
+@one_of_each_source
 def test_kill_after_falling_back_leaves_the_previous_checkpoint(module, whole, tiny_data_dir, output, monkeypatch):
     """The damaged file must never be rotated into the place of the good one."""
 
@@ -330,37 +320,40 @@ def test_kill_after_falling_back_leaves_the_previous_checkpoint(module, whole, t
     assert differences(whole[1], read(output)) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": "ImageDiffusionModel/CNN"}, "ImageDiffusionModel/CNN"),
-        ({"format": 999}, "last.pt"),
-        ({"config": {"seed": 0}}, "last.pt"),
-    ],
-    ids=["version", "format", "fields"],
-)
-def test_checkpoint_of_something_else_is_refused(module, whole, tiny_data_dir, output, capsys, change, message):
+@every_script
+@pytest.mark.parametrize("kind", ["script", "format", "fields", "weights"])
+def test_checkpoint_of_something_else_is_refused(
+    experiment, module, whole, undisturbed_run, tiny_data_dir, output, kind
+):
     """Falling back to previous.pt would be wrong: both are whole, and this is the wrong program for them."""
-    content = saved({**whole[1], **change})
-    (output / "checkpoints" / "last.pt").write_bytes(content)
-    assert run(module, flags(module, output, tiny_data_dir)) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert message in error
-    assert "--output-dir" in error
-    assert (output / "checkpoints" / "last.pt").read_bytes() == content
+    other = next(each for each in EXPERIMENTS if each != experiment)
+    settings = whole[1]["config"]
+    content, part = {
+        "script": (read(undisturbed_run(other.path)), other.name),
+        "format": ({**whole[1], "format": 999}, "last.pt"),
+        "fields": ({**whole[1], "config": {"seed": 0}}, "last.pt"),
+        "weights": ({**whole[1], "config": settings | {"width": 2 * settings["width"]}}, "does not fit"),
+    }[kind]
+    (output / "checkpoints" / "last.pt").write_bytes(saved(content))
+    before = (output / "checkpoints" / "last.pt").read_bytes()
+    for more in ([], ["--sample-only"]):
+        line = refusal(module, [*flags(module, output, tiny_data_dir, width=None), *more])
+        assert part in line
+        assert "--output-dir" in line or "--fresh" in line
+    assert (output / "checkpoints" / "last.pt").read_bytes() == before
 
 
-def test_checkpoint_of_another_configuration_lists_the_fields(module, whole, tiny_data_dir, output, capsys):
-    assert run(module, flags(module, output, tiny_data_dir, seed=3, width=24, sampling_steps=4)) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    for part in ("seed", "3", "width", "8", "24", "--fresh", "--output-dir"):
-        assert part in error
-    assert "sampling_steps" not in error  # which may change
+@every_script
+def test_checkpoint_of_another_configuration_lists_the_fields(module, whole, tiny_data_dir, output):
+    width = whole[1]["config"]["width"]
+    line = refusal(module, flags(module, output, tiny_data_dir, seed=3, width=2 * width, sampling_steps=4))
+    for part in ("seed", "3", f"width is {width}", str(2 * width), "--fresh", "--output-dir"):
+        assert part in line
+    assert "sampling_steps" not in line  # which may change
     assert (output / "checkpoints" / "last.pt").read_bytes() == whole[0]
 
 
+@one_of_each_source
 def test_fresh_moves_the_old_run_aside(module, whole, tiny_data_dir, output):
     assert run(module, [*flags(module, output, tiny_data_dir, **SHORT, seed=3), "--fresh"]) == 0
     assert steps(output) == {"autoencoder": 1, "diffusion": 1}
