@@ -94,7 +94,7 @@ class Config:
     ema_decay: float = option(0.998, "decay of the averaged weights a step", 0.0, 0.999999)
     # samples and figures
     sampler: str = option("ddim", "DDIM, or DDPM's own in 1000 steps", choices=("ddim", "ancestral"), resume="keep")
-    sampling_steps: int = option(50, "steps of DDIM", 1, 1000, resume="keep")
+    sampling_steps: int = option(60, "steps of DDIM", 1, 1000, resume="keep")
     eta: float = option(0.0, "fresh noise of DDIM's steps: 0 none, 1 as much as DDPM's", 0.0, 1.0, resume="keep")
     variance: str = option("small", "of the ancestral steps", choices=("small", "large"), resume="keep")
     sampling_seed: int = option(0, "seed of the noise that samples start from", 0, 2**31 - 1, resume="local")
@@ -536,7 +536,7 @@ def seeded_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Ten
     return torch.randn(shape, generator=generator).to(device)
 
 
-def generate_samples(models: TrainedModels, count: int, chunk: int = 500) -> Tensor:
+def generate_samples(models: TrainedModels, count: int, chunk: int = 100) -> Tensor:
     """Generates images.
 
     Args:

@@ -98,7 +98,7 @@ class Config:
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
     ema_decay: float = option(0.998, "decay of the averaged weights a step", 0.0, 0.999999)
     # samples and figures
-    sampling_steps: int = option(25, "steps of DDIM", 1, 1000, resume="keep")
+    sampling_steps: int = option(15, "steps of DDIM", 1, 1000, resume="keep")
     eta: float = option(0.0, "fresh noise of DDIM: 0 is none, 1 as much as ancestral sampling", 0.0, 1.0, resume="keep")
     guidance_scale: float = option(1.75, "0: unconditional, 1: conditional, above: guided", 0.0, 20.0, resume="keep")
     sampling_seed: int = option(0, "seed of the noise that samples start from", 0, 2**31 - 1, resume="local")
@@ -570,7 +570,7 @@ def seeded_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Ten
     return torch.randn(shape, generator=generator).to(device)
 
 
-def generate_samples(models: TrainedModels, labels: Tensor, chunk: int = 500) -> Tensor:
+def generate_samples(models: TrainedModels, labels: Tensor, chunk: int = 100) -> Tensor:
     """Generates one image a label.
 
     Args:

@@ -98,7 +98,7 @@ class Config:
     ema_decay: float = option(0.998, "decay of the averaged weights a step", 0.0, 0.999999)
     # samples and figures
     sampler: str = option("heun", "how samples are drawn", choices=("heun", "stochastic"), resume="keep")
-    sampling_steps: int = option(12, "steps of the sampler, of two evaluations each", 1, 1000, resume="keep")
+    sampling_steps: int = option(18, "steps of the sampler, of two evaluations each", 1, 1000, resume="keep")
     s_churn: float = option(10.0, "stochastic sampler: noise added, shared out over the steps", 0.0, 1e3, resume="keep")
     s_tmin: float = option(0.05, "stochastic sampler: lowest sigma at which noise is added", 0.0, 1e3, resume="keep")
     s_tmax: float = option(50.0, "stochastic sampler: highest sigma at which noise is added", 0.0, 1e3, resume="keep")
@@ -575,7 +575,7 @@ def seeded_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Ten
     return torch.randn(shape, generator=generator).to(device)
 
 
-def generate_samples(models: TrainedModels, labels: Tensor, chunk: int = 500) -> Tensor:
+def generate_samples(models: TrainedModels, labels: Tensor, chunk: int = 100) -> Tensor:
     """Generates one image a label.
 
     Args:
