@@ -15,6 +15,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -120,6 +122,20 @@ def test_ctrl_c_while_figures_are_drawn_says_how_to_go_on(module, output, tiny_d
     assert status == 130
     assert len(error.splitlines()) == 1
     assert "run again to resume" in error
+
+
+@every_script
+def test_reader_that_goes_away_gets_no_traceback(experiment, output):
+    """As in `python script.py | head -1`: the pipe is closed after the first line."""
+    asked = ["--sample-only", "--num-samples=300", "--sampling-steps=4", "--device=cpu"]
+    process = subprocess.Popen(
+        [sys.executable, experiment.path, f"--output-dir={output}", *asked],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert experiment.name.encode() in process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) in (0, 1)
 
 
 # Kills, and two runs at once
