@@ -43,17 +43,18 @@ def output(tmp_path):
     return output
 
 
-def test_gallery_is_the_newest_of_each_figure_and_nothing_else(output, tmp_path):
+def test_gallery_is_the_newest_of_each_figure_and_nothing_else(output, tmp_path, tiny_data_dir):
     folder = tmp_path / "gallery"
     folder.mkdir()
     (folder / "of_an_older_run.png").write_bytes(b"")
-    size = gallery.build_gallery(output, folder)
+    size = gallery.build_gallery(output, folder, "v9", tiny_data_dir)
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "diffusion_animation_class_Bag.gif",
         "interpolation_noises.png",
         "latent_space.png",
         "loss_curves.png",
+        "real_and_generated.png",
         "samples.png",
         "strip.png",
     }
@@ -66,8 +67,24 @@ def test_gallery_is_the_newest_of_each_figure_and_nothing_else(output, tmp_path)
     assert strip[:2].max() == strip[-2:].max() == strip[:, :, :2].max() == strip[:, :, -2:].max() == 0
 
 
-def test_animation_keeps_frames_timing_and_loop(output, tmp_path):
-    gallery.build_gallery(output, tmp_path / "gallery")
+@pytest.mark.parametrize("labelled", [True, False])
+def test_comparison_shows_a_class_a_column_where_there_are_classes(labelled, output, tmp_path, tiny_data_dir):
+    with np.load(output / "samples.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    np.savez(output / "samples.npz", images, labels if labelled else np.full(len(labels), -1))
+    gallery.build_gallery(output, tmp_path / "gallery", "v9", tiny_data_dir)
+    picture = np.asarray(Image.open(tmp_path / "gallery" / "real_and_generated.png"))[30:]
+    left, right = (part.reshape(6, 60, 10, 60).swapaxes(1, 2) for part in (picture[:, :600], picture[:, 624:]))
+    assert right[:, :, 30, 30].ravel().tolist() == list(range(60))
+    real, real_labels = (np.asarray(part) for part in gallery.fe.load_split(tiny_data_dir, train=False))
+    shown = left[:, :, 2:-2:2, 2:-2:2]  # (6, 10, 28, 28)
+    for label in range(10):
+        chosen = real[real_labels == label][:6] if labelled else real[label:60:10]
+        np.testing.assert_array_equal(shown[:, label], chosen)
+
+
+def test_animation_keeps_frames_timing_and_loop(output, tmp_path, tiny_data_dir):
+    gallery.build_gallery(output, tmp_path / "gallery", "v9", tiny_data_dir)
     animation = Image.open(tmp_path / "gallery" / "diffusion_animation_class_Bag.gif")
     assert (animation.size, animation.n_frames, animation.info["loop"]) == ((140, 150), 3, 0)
     for frame, (duration, shade) in enumerate([(500, 0), (40, 200), (300, 255)]):
@@ -76,13 +93,15 @@ def test_animation_keeps_frames_timing_and_loop(output, tmp_path):
         np.testing.assert_allclose(np.asarray(animation.convert("L")).astype(float), shade, atol=2)
 
 
-def test_command_line_fills_the_gallery_of_the_version_and_warns_of_its_size(output, tmp_path, monkeypatch, capsys):
+def test_command_line_fills_the_gallery_of_the_version_and_warns_of_its_size(
+    output, tmp_path, tiny_data_dir, monkeypatch, capsys
+):
     script = tmp_path / "LatentDiffusionModel" / "v9" / "script_model_train_test.py"
     script.parent.mkdir(parents=True)
     script.write_text("")
     output.rename(script.parent / "output")
     monkeypatch.setattr(gallery, "LIMIT", 100)
-    gallery.main(["LatentDiffusionModel/v9"], repository=tmp_path)
+    gallery.main(["LatentDiffusionModel/v9", "--data-dir", str(tiny_data_dir)], repository=tmp_path)
     assert (script.parent / "gallery" / "samples.png").is_file()
     assert "above the limit" in capsys.readouterr().err
 

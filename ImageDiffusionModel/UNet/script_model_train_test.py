@@ -1303,15 +1303,13 @@ def save_npz(images: Tensor, labels: Tensor, seed: int, output: Path) -> Path:
     return path
 
 
-def run_sampling(output: Path, request: argparse.Namespace, given: dict) -> TrainedModels:
-    """Serves --sample-only: a PNG of the samples asked for or, where none are, every figure. Returns the models."""
-    models = load_trained(output, **{"device": "auto"} | given)
+def run_sampling(models: TrainedModels, output: Path, request: argparse.Namespace) -> None:
+    """Serves --sample-only: a PNG of the samples asked for or, where nothing is, every figure."""
     if request.num_samples or getattr(request, "label", None) is not None:
         save_requested_samples(models, request, output)
     elif not request.export_samples:
         data = load_fashion_mnist(find_data_dir(models.config), models.config.train_images, models.device)
         save_all_figures(models, data, output)
-    return models
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1323,7 +1321,8 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(os.path.abspath(given.get("output_dir") or (folder / "quick" if request.quick else folder)))
     with locked_output(output):
         if request.sample_only:
-            models = run_sampling(output, request, given)
+            models = load_trained(output, **given)
+            run_sampling(models, output, request)
         else:
             checkpoint = None if request.fresh else find_checkpoint(output / "checkpoints", Config)
             config = settle_config(Config, QUICK if request.quick else {}, given, checkpoint)

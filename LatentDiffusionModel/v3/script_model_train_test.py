@@ -7,6 +7,7 @@ Heun's method under classifier-free guidance, and decodes the result.
     python script_model_train_test.py                    train (or resume), then write every figure to output/
     python script_model_train_test.py --quick            the whole pipeline, tiny, into output/quick/
     python script_model_train_test.py --sample-only --class Sandal --num-samples 16
+    python script_model_train_test.py --sample-only --class Sandal --pretrained    from the weights that come with it
     python script_model_train_test.py --sample-only --export-samples 10000
 
 Papers: rectified flow (Liu et al. 2022, arXiv 2209.03003) with logit-normal times (Esser et al. 2024, 2403.03206);
@@ -1445,27 +1446,31 @@ def save_npz(images: Tensor, labels: Tensor, seed: int, output: Path) -> Path:
     return path
 
 
-def run_sampling(output: Path, request: argparse.Namespace, given: dict) -> TrainedModels:
-    """Serves --sample-only: a PNG of the samples asked for or, where none are, every figure. Returns the models."""
-    models = load_trained(output, **{"device": "auto"} | given)
+def run_sampling(models: TrainedModels, output: Path, request: argparse.Namespace) -> None:
+    """Serves --sample-only: a PNG of the samples asked for or, where nothing is, every figure."""
     if request.num_samples or getattr(request, "label", None) is not None:
         save_requested_samples(models, request, output)
     elif not request.export_samples:
         data = load_fashion_mnist(find_data_dir(models.config), models.config.train_images, models.device)
         save_all_figures(models, data, output)
-    return models
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     text = "with --sample-only: a PNG of this class (str, a class's name or 'no class'; default: all classes)"
     parser.add_argument("--class", dest="label", type=class_label, metavar="NAME", help=text)
+    text = "with --sample-only: the weights in pretrained/, not a run's; writes to output/pretrained (switch)"
+    parser.add_argument("--pretrained", action="store_true", help=text)
     given, request = parse_command_line(parser, argv)
-    folder = Path(__file__).resolve().parent / "output"
-    output = Path(os.path.abspath(given.get("output_dir") or (folder / "quick" if request.quick else folder)))
+    if request.pretrained and (request.quick or not request.sample_only):
+        parser.error("--pretrained goes with --sample-only, and not with --quick")
+    here = Path(__file__).resolve().parent
+    folder = here / "output" / ("quick" if request.quick else "pretrained" if request.pretrained else "")
+    output = Path(os.path.abspath(given.get("output_dir") or folder))
     with locked_output(output):
         if request.sample_only:
-            models = run_sampling(output, request, given)
+            models = load_trained(here / "pretrained" if request.pretrained else output, **given)
+            run_sampling(models, output, request)
         else:
             checkpoint = None if request.fresh else find_checkpoint(output / "checkpoints", Config)
             config = settle_config(Config, QUICK if request.quick else {}, given, checkpoint)

@@ -4,18 +4,21 @@
     python tests/benchmarks/gallery.py LatentDiffusionModel/v3 --output-dir DIR     from another folder
 
 Of each figure the newest one is taken, and its name loses the epoch; strip.png is the first ten samples of samples.npz,
-one of each class where there are classes. Animations are scaled down, everything is stored in as few bits as show no
-difference, and what an older run left in the gallery goes. Warns above 4 MB.
+one of each class where there are classes, and real_and_generated.png the first sixty beside as many test images.
+Animations are scaled down, everything is stored in as few bits as show no difference, and what an older run left in the
+gallery goes. Warns above 4 MB.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import feature_extractor as fe
 import quality
 import speed
 
@@ -54,15 +57,43 @@ def save_animation(source, target, width=ANIMATION_WIDTH):
     frames[0].save(target, save_all=True, append_images=frames[1:], duration=durations, loop=loop, optimize=True)
 
 
-def save_strip(source, target, count=10, enlargement=2):
-    """Write the first samples of an export side by side."""
-    images = quality.read_samples(source)[0][:count]
+def tile(images, columns, enlargement=2):
+    """A picture of images (N, 28, 28), row by row, each enlarged with a black border."""
     padded = np.pad(np.asarray(images), ((0, 0), (1, 1), (1, 1)))
-    strip = np.concatenate(list(padded), axis=1).repeat(enlargement, axis=0).repeat(enlargement, axis=1)
-    Image.fromarray(strip).save(target, optimize=True)
+    rows = padded.reshape(-1, columns, *padded.shape[1:]).swapaxes(1, 2)  # (R, 30, C, 30)
+    picture = rows.reshape(rows.shape[0] * rows.shape[1], -1)
+    return Image.fromarray(picture.repeat(enlargement, axis=0).repeat(enlargement, axis=1))
 
 
-def build_gallery(output, gallery):
+def first_of_each_class(images, labels, count):
+    """The first ``count`` images of each of the ten classes, in turn: (10 ``count``, 28, 28)."""
+    places = np.stack([np.flatnonzero(labels == label)[:count] for label in range(10)], axis=1)
+    return images[places.ravel()]
+
+
+def save_comparison(samples, real, title, target):
+    """Write a picture of real images on the left and the same number of samples on the right, ten a row each."""
+    left, right, gap, top = tile(real, 10), tile(samples, 10), 24, 30
+    picture = Image.new("L", (left.width + gap + right.width, top + left.height), 255)
+    dejavu = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    draw, font = ImageDraw.Draw(picture), ImageFont.truetype(dejavu, size=18)
+    for place, part, text in ((0, left, "real test images"), (left.width + gap, right, title)):
+        picture.paste(part, (place, top))
+        draw.text((place + part.width / 2, top / 2), text, font=font, fill=0, anchor="mm")
+    picture.save(target, optimize=True)
+
+
+def save_samples(path, version, data_dir, gallery):
+    """Write the pictures that need no figure: of an export's first samples, alone and beside real images."""
+    samples, labels = quality.read_samples(path)
+    real, real_labels = (np.asarray(part) for part in fe.load_split(data_dir, train=False))
+    tile(samples[:10], 10).save(gallery / "strip.png", optimize=True)
+    if labels is not None and labels.min() >= 0:  # as in the exports, a class a column
+        real = first_of_each_class(real, real_labels, 6)
+    save_comparison(samples[:60], real[:60], f"samples of {version}", gallery / "real_and_generated.png")
+
+
+def build_gallery(output, gallery, version, data_dir):
     """Fill a gallery from an output folder. Returns its bytes; raises ValueError where figures or samples lack."""
     figures, samples = newest_figures(output), output / "samples.npz"
     if not figures or not samples.is_file():
@@ -73,7 +104,7 @@ def build_gallery(output, gallery):
     for name, path in figures.items():
         save = save_animation if path.suffix == ".gif" else save_still
         save(path, gallery / name)
-    save_strip(samples, gallery / "strip.png")
+    save_samples(samples, version, data_dir, gallery)
     return sum(path.stat().st_size for path in gallery.iterdir())
 
 
@@ -82,14 +113,16 @@ def main(argv=None, repository=speed.sync_shared.REPOSITORY):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", metavar="VERSION", help="for example LatentDiffusionModel/v3")
     parser.add_argument("--output-dir", type=Path, help="of the run (default: output/ of the version)")
+    parser.add_argument("--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root")
     args = parser.parse_args(argv)
     try:
         [script] = speed.find_versions([args.version], repository).values()
-        size = build_gallery(args.output_dir or script.parent / "output", script.parent / "gallery")
-    except (OSError, ValueError) as error:
+        output, gallery = args.output_dir or script.parent / "output", script.parent / "gallery"
+        size = build_gallery(output, gallery, args.version, args.data_dir)
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{script.parent / 'gallery'}: {size / 2**20:.1f} MB")
+    print(f"{gallery}: {size / 2**20:.1f} MB")
     if size > LIMIT:
         print(f"warning: above the limit of {LIMIT / 2**20:g} MB", file=sys.stderr)
 

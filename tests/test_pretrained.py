@@ -1,0 +1,115 @@
+"""The committed weights of v3, the switch that samples from them, and pretrained.py, which made them."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import REPOSITORY, SCRIPT_V3, load_script, run_script
+from script_runs import flags, refusal, run
+
+sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
+import feature_extractor as fe
+import pretrained
+
+FOLDER = SCRIPT_V3.parent / "pretrained"
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """The script and the weights in a folder of their own: no data, no runs."""
+    shutil.copytree(FOLDER, tmp_path / "pretrained")
+    return shutil.copy(SCRIPT_V3, tmp_path)
+
+
+def test_committed_weights_are_small_and_in_half_precision():
+    assert 0 < sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= pretrained.LIMIT
+    content = torch.load(FOLDER / "checkpoints" / "last.pt", weights_only=True)
+    kinds = {value.dtype for stage in content["stages"].values() for value in stage["ema"].values()}
+    assert kinds == {torch.float16, torch.int64}
+
+
+def test_committed_weights_make_what_they_are_asked_for(script_v3):
+    models = script_v3.load_trained(FOLDER, device="cpu")
+    labels = torch.arange(200) % 10
+    images = script_v3.generate_samples(models, labels)
+    assert (fe.extract(images[:, 0])[1].argmax(dim=1) == labels).float().mean() >= 0.9
+
+
+def test_sandals_come_without_training_and_data(alone, tmp_path):
+    done = run_script(alone, "--sample-only", "--pretrained", "--class=Sandal", "--num-samples=8", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    path = tmp_path / "output" / "pretrained" / "samples" / "samples_Sandal.png"
+    assert str(path) in done.stdout and Image.open(path).width > 8 * 28
+    written = {entry.name for entry in tmp_path.iterdir()} | {entry.name for entry in (tmp_path / "output").iterdir()}
+    assert written == {"pretrained", "output", SCRIPT_V3.name}
+
+
+def test_pretrained_weights_leave_the_own_run_alone(alone, tmp_path, tiny_data_dir):
+    module, output = load_script(alone), tmp_path / "output"
+    arguments = [f"--data-dir={tiny_data_dir}", "--sample-only", "--pretrained", "--export-samples=10"]
+    assert run(module, arguments) == 0
+    assert [path.name for path in output.iterdir()] == ["pretrained"]
+    with np.load(output / "pretrained" / "samples.npz") as file:
+        assert file["arr_0"].shape == (10, 28, 28, 1)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--class=Bag"], ["--sample-only", "--quick"]])
+def test_pretrained_is_for_sampling_only(arguments, tmp_path):
+    asked = [f"--output-dir={tmp_path / 'output'}", "--pretrained", *arguments]
+    assert "--pretrained goes with --sample-only" in refusal(load_script(SCRIPT_V3), asked)
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_script_alone_says_that_there_are_no_weights(tmp_path):
+    module = load_script(shutil.copy(SCRIPT_V3, tmp_path))
+    assert str(tmp_path / "pretrained") in refusal(module, ["--sample-only", "--pretrained"])
+
+
+# pretrained.py
+
+
+@pytest.fixture
+def repository(tmp_path, undisturbed_run):
+    """A repository of the script alone, with a finished run, and the run's weights."""
+    folder = tmp_path / "LatentDiffusionModel" / "v3"
+    folder.mkdir(parents=True)
+    shutil.copy(SCRIPT_V3, folder)
+    shutil.copytree(undisturbed_run(SCRIPT_V3), folder / "output")
+    return tmp_path
+
+
+def test_what_is_copied_is_the_average_of_the_weights(repository, script_v3):
+    folder = repository / "LatentDiffusionModel" / "v3"
+    pretrained.main(["LatentDiffusionModel/v3"], repository=repository)
+    pretrained.main(["LatentDiffusionModel/v3"], repository=repository)  # takes the place of the first
+    assert [path.name for path in (folder / "pretrained").rglob("*.pt")] == ["last.pt"]
+    whole, half = (script_v3.load_trained(folder / name, device="cpu") for name in ("output", "pretrained"))
+    assert half.config == whole.config and half.history == whole.history
+    for part in ("autoencoder", "denoiser"):
+        wanted, got = (getattr(models, part).state_dict() for models in (whole, half))
+        assert wanted.keys() == got.keys()
+        for name, value in wanted.items():
+            assert got[name].dtype == value.dtype
+            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-7)
+
+
+def test_a_run_does_not_go_on_from_slim_weights(repository, tiny_data_dir):
+    pretrained.main(["LatentDiffusionModel/v3"], repository=repository)
+    module, folder = load_script(SCRIPT_V3), repository / "LatentDiffusionModel" / "v3" / "pretrained"
+    assert "does not fit" in refusal(module, flags(module, folder, tiny_data_dir))
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_command_line_says_what_is_missing(damaged, repository, capsys):
+    checkpoints = repository / "LatentDiffusionModel" / "v3" / "output" / "checkpoints"
+    for path in checkpoints.glob("*.pt"):
+        path.write_bytes(b"") if damaged else path.unlink()
+    with pytest.raises(SystemExit) as stopped:
+        pretrained.main(["LatentDiffusionModel/v3"], repository=repository)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (checkpoints.parents[1] / "pretrained").exists()
