@@ -193,7 +193,10 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ExperimentError(f"cannot use device {name!r}: {str(error).splitlines()[0][:150]}") from None
     torch.set_float32_matmul_precision("high")  # TF32 where there is
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None:  # what asks or seeds "the" GPU must mean this one
+        torch.cuda.set_device(device)
+    return device
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -342,7 +345,7 @@ class ConditionedBlock(nn.Module):
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of t (B,) in 0..1000 at `dim` / 2 frequencies from 1 down towards 1/10000: (B, dim)."""
+    """Sines and cosines of t (B,) at `dim` / 2 frequencies from 1 down towards 1/10000: (B, dim)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -377,6 +380,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, classes: Tensor) -> Tensor:
         """Images (B, 1, 28, 28) of unit variance, c_noise (B,) and class weights (B, 11) to (B, 1, 28, 28)."""
+        # the frequencies are for numbers of the size of DDPM's t
         embedding = self.noise_level(timestep_embedding(1000 * c_noise, self.noise_dim))
         embedding = F.silu(embedding + self.classes(classes))
         skip14 = self.stem(channels_last_on_cuda(F.pixel_unshuffle(x, 2)))
@@ -602,12 +606,12 @@ class Trajectories(NamedTuple):
 def draw_trajectories(models: TrainedModels, labels: Tensor, steps: int) -> Trajectories:
     """One trajectory of images a label (N,), in `steps` steps, each state scaled to the contrast of the data."""
     noise, config = models.noise(len(labels)), dataclasses.replace(models.config, sampler="heun")
-    sigmas = torch.tensor(noise_levels(steps), device=models.device).view(-1, 1, 1, 1, 1)  # (S + 1, 1, 1, 1, 1)
+    levels = noise_levels(steps)
+    sigmas = torch.tensor(levels, device=models.device).view(-1, 1, 1, 1, 1)  # (S + 1, 1, 1, 1, 1)
     scale = SIGMA_DATA / (sigmas**2 + SIGMA_DATA**2).sqrt()  # the states' variance is sigma^2 + sigma_data^2
     states = torch.stack(sample(models.denoiser, class_weights(labels), noise, config, steps))
     noised = states[-1] + sigmas * noise
-    captions = [f"σ = {sigma:.2g}" for sigma in sigmas.flatten().tolist()]
-    return Trajectories(scale * states, (scale * noised).flip(0), captions)
+    return Trajectories(scale * states, (scale * noised).flip(0), [f"σ = {sigma:.2g}" for sigma in levels])
 
 
 # =====================================================================================================================
@@ -770,8 +774,7 @@ class Stage:
         self.steps_per_epoch = images // self.batch_size
         self.total_steps = epochs * self.steps_per_epoch
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).eval()
-        fused = next(model.parameters()).device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=fused)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
         self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, self.total_steps))
         self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0  # the last two are of the epoch under way
         if config.compile:
@@ -891,7 +894,6 @@ def train(
             if position == 0 or order is None:
                 shuffle = torch.Generator().manual_seed(derived_seed(seed, stage.name, "order", epoch))
                 order = torch.randperm(len(arrays[0]), generator=shuffle).to(device)
-                stage.model.train()
             rows = order[position * size : (position + 1) * size]
             seed_generators(derived_seed(seed, stage.name, "step", stage.step), device)
             losses.append((stage.step, train_step(stage, [array[rows] for array in arrays])))
@@ -1013,8 +1015,10 @@ def save_sheet(path: Path, images: Tensor, title: str) -> None:
 
 
 def save_loss_curves(history: list[dict], path: Path) -> None:
-    """Training and validation loss of each stage by epoch."""
+    """Training and validation loss of each stage by epoch; nothing before the first has ended."""
     stages = list(dict.fromkeys(row["stage"] for row in history))
+    if not stages:
+        return
     figure = Figure(figsize=(5 * len(stages), 3.2), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
         rows = [row for row in history if row["stage"] == stage]
@@ -1065,13 +1069,14 @@ def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int | 
 
 def place_labels(axes, points: np.ndarray, texts: dict[int, str]) -> None:
     """Writes texts near the points (N, 2) of their index, each where it is farthest from points and earlier texts."""
-    pixels = axes.transData.transform(points)
+    pixels, inside = axes.transData.transform(points), axes.bbox.padded(-24, -10)
     taken, to_data = list(pixels), axes.transData.inverted().transform
     for index, text in texts.items():
         angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
         around = np.concatenate(
             [pixels[index] + r * np.stack([1.5 * np.cos(angles), np.sin(angles)], 1) for r in (24, 44)]
         )
+        around = [place for place in around if inside.contains(*place)] or around
         spot = max(around, key=lambda place: min(np.hypot(*((place - other) / (1.8, 1))) for other in taken))
         taken.append(spot)
         axes.annotate(
@@ -1141,7 +1146,8 @@ def save_trajectories(
         gif = output / "diffusion_animation" / f"diffusion_animation_class_{name}.gif"
         save_animation(noised[:, index], images[:, first], trajectories.captions, title, gif)
         path = pca.transform(trajectories.states[:, first].flatten(1).cpu().numpy())
-        shown, heading = images[:, first : first + rows].transpose(0, 1), f"{title}, from noise to image"
+        shown, heading = images[:, first : first + rows].transpose(0, 1), f"{rows} paths from noise to image"
+        heading += f"; path 1 is {title}" if label is None else f": {title}"
         figure = path_figure(shown, path, trajectories.captions, scatter, classes, heading, label)
         save_figure(figure, output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png")
 
@@ -1159,7 +1165,8 @@ def save_nearest_neighbours(models: TrainedModels, images: Tensor, output: Path)
     """A sample of each class beside the training images nearest to it in pixels: is the model copying?"""
     samples = generate_samples(models, torch.arange(len(CLASS_NAMES), device=models.device))
     a = samples.flatten(1).float()
-    distances = torch.cat([torch.cdist(a, part.flatten(1).float()) for part in images.split(5000)], dim=1)
+    distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # TF32 would round away who is nearest
+    distances = torch.cat([distance(a, part.flatten(1).float()) for part in images.split(5000)], dim=1)
     nearest = images[distances.topk(5, largest=False).indices]  # (10, 5, 1, 28, 28)
     columns = ["sample", *(f"nearest {rank}" if rank == 1 else str(rank) for rank in range(1, 6))]
     title = "Samples and the training images nearest to them"

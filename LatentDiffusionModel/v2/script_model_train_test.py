@@ -194,7 +194,10 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ExperimentError(f"cannot use device {name!r}: {str(error).splitlines()[0][:150]}") from None
     torch.set_float32_matmul_precision("high")  # TF32 where there is
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None:  # what asks or seeds "the" GPU must mean this one
+        torch.cuda.set_device(device)
+    return device
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -404,7 +407,7 @@ def negative_elbo(
 
 
 def active_units(means: Tensor) -> float:
-    """Share of the latents' units whose posterior means (N, ...) have a variance over 0.01 (Burda et al. 2016, 2.3)."""
+    """Share of the latents' units whose posterior means (N, ...) have a variance over 0.01 (Burda et al. 2016, 5.2)."""
     return (means.flatten(1).var(dim=0) > 0.01).float().mean().item()
 
 
@@ -428,7 +431,7 @@ class ConditionedBlock(nn.Module):
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of t (B,) in 0..1000 at `dim` / 2 frequencies from 1 down towards 1/10000: (B, dim)."""
+    """Sines and cosines of t (B,) at `dim` / 2 frequencies from 1 down towards 1/10000: (B, dim)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -586,7 +589,7 @@ def sample(denoiser: nn.Module, classes: Tensor, noise: Tensor, config: Config, 
     predict_v = guided(denoiser, classes, config.guidance_scale)
 
     def predict_x0(x: Tensor, i: int) -> Tensor:
-        return x0_of_v(x, predict_v(x, times[i]), alpha_bars[i].to(x.dtype))
+        return x0_of_v(x, predict_v(x, times[i]), alpha_bars[i].to(x))
 
     with autocast(noise.device):
         return dpm_solver_2m(predict_x0, noise, alpha_bars.tolist())
@@ -845,8 +848,7 @@ class Stage:
         self.steps_per_epoch = images // self.batch_size
         self.total_steps = epochs * self.steps_per_epoch
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).eval()
-        fused = next(model.parameters()).device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=fused)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
         self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, self.total_steps))
         self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0  # the last two are of the epoch under way
         if config.compile:
@@ -966,7 +968,6 @@ def train(
             if position == 0 or order is None:
                 shuffle = torch.Generator().manual_seed(derived_seed(seed, stage.name, "order", epoch))
                 order = torch.randperm(len(arrays[0]), generator=shuffle).to(device)
-                stage.model.train()
             rows = order[position * size : (position + 1) * size]
             seed_generators(derived_seed(seed, stage.name, "step", stage.step), device)
             losses.append((stage.step, train_step(stage, [array[rows] for array in arrays])))
@@ -1088,8 +1089,10 @@ def save_sheet(path: Path, images: Tensor, title: str) -> None:
 
 
 def save_loss_curves(history: list[dict], path: Path) -> None:
-    """Training and validation loss of each stage by epoch."""
+    """Training and validation loss of each stage by epoch; nothing before the first has ended."""
     stages = list(dict.fromkeys(row["stage"] for row in history))
+    if not stages:
+        return
     figure = Figure(figsize=(5 * len(stages), 3.2), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
         rows = [row for row in history if row["stage"] == stage]
@@ -1140,13 +1143,14 @@ def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int | 
 
 def place_labels(axes, points: np.ndarray, texts: dict[int, str]) -> None:
     """Writes texts near the points (N, 2) of their index, each where it is farthest from points and earlier texts."""
-    pixels = axes.transData.transform(points)
+    pixels, inside = axes.transData.transform(points), axes.bbox.padded(-24, -10)
     taken, to_data = list(pixels), axes.transData.inverted().transform
     for index, text in texts.items():
         angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
         around = np.concatenate(
             [pixels[index] + r * np.stack([1.5 * np.cos(angles), np.sin(angles)], 1) for r in (24, 44)]
         )
+        around = [place for place in around if inside.contains(*place)] or around
         spot = max(around, key=lambda place: min(np.hypot(*((place - other) / (1.8, 1))) for other in taken))
         taken.append(spot)
         axes.annotate(
@@ -1201,9 +1205,11 @@ def save_reconstructions(autoencoder: nn.Module, images: Tensor, labels: Tensor,
     chosen = torch.stack([torch.nonzero(labels == label)[:2, 0] for label in range(len(CLASS_NAMES))], dim=1)
     real = images[chosen.flatten()]
     made = decode_images(autoencoder, encode_images(autoencoder, real))
-    error = (2 * (real.int() - made.int()).abs()).clamp(max=255).to(torch.uint8)
-    grid = torch.stack([part.unflatten(0, (2, -1)) for part in (real, made, error)], dim=1).flatten(0, 1)
-    title = f"Reconstructions of validation images: mean absolute error {error.float().mean() / 510:.3f} of 1"
+    error = (real.int() - made.int()).abs()
+    shown = real, made, (2 * error).clamp(max=255).to(torch.uint8)
+    grid = torch.stack([part.unflatten(0, (2, -1)) for part in shown], dim=1).flatten(0, 1)
+    mean = error.float().mean() / 255
+    title = f"Reconstructions of {len(real)} validation images: mean absolute error {mean:.3f} of 1"
     names = [name.replace(" ", "\n").replace("/", "/\n") for name in CLASS_NAMES]
     save_grid(path, grid, ["image", "reconstruction", "error x 2"] * 2, names, title)
 
@@ -1228,7 +1234,8 @@ def save_trajectories(
         gif = output / "diffusion_animation" / f"diffusion_animation_class_{name}.gif"
         save_animation(noised[:, index], images[:, first], trajectories.captions, title, gif)
         path = pca.transform(trajectories.states[:, first].flatten(1).cpu().numpy())
-        shown, heading = images[:, first : first + rows].transpose(0, 1), f"{title}, from noise to image"
+        shown, heading = images[:, first : first + rows].transpose(0, 1), f"{rows} paths from noise to image"
+        heading += f"; path 1 is {title}" if label is None else f": {title}"
         figure = path_figure(shown, path, trajectories.captions, scatter, classes, heading, label)
         save_figure(figure, output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png")
 

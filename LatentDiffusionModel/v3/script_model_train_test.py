@@ -197,7 +197,10 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ExperimentError(f"cannot use device {name!r}: {str(error).splitlines()[0][:150]}") from None
     torch.set_float32_matmul_precision("high")  # TF32 where there is
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None:  # what asks or seeds "the" GPU must mean this one
+        torch.cuda.set_device(device)
+    return device
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -482,7 +485,7 @@ class ConditionedBlock(nn.Module):
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of t (B,) in 0..1000 at `dim` / 2 frequencies from 1 down towards 1/10000: (B, dim)."""
+    """Sines and cosines of t (B,) at `dim` / 2 frequencies from 1 down towards 1/10000: (B, dim)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -679,9 +682,9 @@ class Trajectories(NamedTuple):
 
 def draw_trajectories(models: TrainedModels, labels: Tensor, steps: int) -> Trajectories:
     """One trajectory of latents a label (N,), in `steps` steps."""
-    noise, times = models.noise(len(labels)), torch.linspace(0, 1000, steps + 1, device=models.device)
+    noise, times = models.noise(len(labels)), torch.linspace(0, 1000, steps + 1)
     states = torch.stack(sample(models.denoiser, class_weights(labels), noise, models.config, steps))
-    noised = torch.stack([interpolate(states[-1], noise, t.expand(len(noise))) for t in times])
+    noised = torch.stack([interpolate(states[-1], noise, t.to(noise).expand(len(noise))) for t in times])
     return Trajectories(states, noised, [f"t = {t:.0f}" for t in times.flip(0).tolist()])
 
 
@@ -845,8 +848,7 @@ class Stage:
         self.steps_per_epoch = images // self.batch_size
         self.total_steps = epochs * self.steps_per_epoch
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).eval()
-        fused = next(model.parameters()).device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=fused)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
         self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, self.total_steps))
         self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0  # the last two are of the epoch under way
         if config.compile:
@@ -966,7 +968,6 @@ def train(
             if position == 0 or order is None:
                 shuffle = torch.Generator().manual_seed(derived_seed(seed, stage.name, "order", epoch))
                 order = torch.randperm(len(arrays[0]), generator=shuffle).to(device)
-                stage.model.train()
             rows = order[position * size : (position + 1) * size]
             seed_generators(derived_seed(seed, stage.name, "step", stage.step), device)
             losses.append((stage.step, train_step(stage, [array[rows] for array in arrays])))
@@ -1088,8 +1089,10 @@ def save_sheet(path: Path, images: Tensor, title: str) -> None:
 
 
 def save_loss_curves(history: list[dict], path: Path) -> None:
-    """Training and validation loss of each stage by epoch."""
+    """Training and validation loss of each stage by epoch; nothing before the first has ended."""
     stages = list(dict.fromkeys(row["stage"] for row in history))
+    if not stages:
+        return
     figure = Figure(figsize=(5 * len(stages), 3.2), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
         rows = [row for row in history if row["stage"] == stage]
@@ -1140,13 +1143,14 @@ def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int | 
 
 def place_labels(axes, points: np.ndarray, texts: dict[int, str]) -> None:
     """Writes texts near the points (N, 2) of their index, each where it is farthest from points and earlier texts."""
-    pixels = axes.transData.transform(points)
+    pixels, inside = axes.transData.transform(points), axes.bbox.padded(-24, -10)
     taken, to_data = list(pixels), axes.transData.inverted().transform
     for index, text in texts.items():
         angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
         around = np.concatenate(
             [pixels[index] + r * np.stack([1.5 * np.cos(angles), np.sin(angles)], 1) for r in (24, 44)]
         )
+        around = [place for place in around if inside.contains(*place)] or around
         spot = max(around, key=lambda place: min(np.hypot(*((place - other) / (1.8, 1))) for other in taken))
         taken.append(spot)
         axes.annotate(
@@ -1201,9 +1205,11 @@ def save_reconstructions(autoencoder: nn.Module, images: Tensor, labels: Tensor,
     chosen = torch.stack([torch.nonzero(labels == label)[:2, 0] for label in range(len(CLASS_NAMES))], dim=1)
     real = images[chosen.flatten()]
     made = decode_images(autoencoder, encode_images(autoencoder, real))
-    error = (2 * (real.int() - made.int()).abs()).clamp(max=255).to(torch.uint8)
-    grid = torch.stack([part.unflatten(0, (2, -1)) for part in (real, made, error)], dim=1).flatten(0, 1)
-    title = f"Reconstructions of validation images: mean absolute error {error.float().mean() / 510:.3f} of 1"
+    error = (real.int() - made.int()).abs()
+    shown = real, made, (2 * error).clamp(max=255).to(torch.uint8)
+    grid = torch.stack([part.unflatten(0, (2, -1)) for part in shown], dim=1).flatten(0, 1)
+    mean = error.float().mean() / 255
+    title = f"Reconstructions of {len(real)} validation images: mean absolute error {mean:.3f} of 1"
     names = [name.replace(" ", "\n").replace("/", "/\n") for name in CLASS_NAMES]
     save_grid(path, grid, ["image", "reconstruction", "error x 2"] * 2, names, title)
 
@@ -1228,7 +1234,8 @@ def save_trajectories(
         gif = output / "diffusion_animation" / f"diffusion_animation_class_{name}.gif"
         save_animation(noised[:, index], images[:, first], trajectories.captions, title, gif)
         path = pca.transform(trajectories.states[:, first].flatten(1).cpu().numpy())
-        shown, heading = images[:, first : first + rows].transpose(0, 1), f"{title}, from noise to image"
+        shown, heading = images[:, first : first + rows].transpose(0, 1), f"{rows} paths from noise to image"
+        heading += f"; path 1 is {title}" if label is None else f": {title}"
         figure = path_figure(shown, path, trajectories.captions, scatter, classes, heading, label)
         save_figure(figure, output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png")
 
@@ -1283,7 +1290,8 @@ def save_nearest_neighbours(models: TrainedModels, images: Tensor, output: Path)
     """A sample of each class beside the training images nearest to it in pixels: is the model copying?"""
     samples = generate_samples(models, torch.arange(len(CLASS_NAMES), device=models.device))
     a = samples.flatten(1).float()
-    distances = torch.cat([torch.cdist(a, part.flatten(1).float()) for part in images.split(5000)], dim=1)
+    distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # TF32 would round away who is nearest
+    distances = torch.cat([distance(a, part.flatten(1).float()) for part in images.split(5000)], dim=1)
     nearest = images[distances.topk(5, largest=False).indices]  # (10, 5, 1, 28, 28)
     columns = ["sample", *(f"nearest {rank}" if rank == 1 else str(rank) for rank in range(1, 6))]
     title = "Samples and the training images nearest to them"
@@ -1465,11 +1473,14 @@ def main(argv: list[str] | None = None) -> None:
     if request.pretrained and (request.quick or not request.sample_only):
         parser.error("--pretrained goes with --sample-only, and not with --quick")
     here = Path(__file__).resolve().parent
+    weights = here / "pretrained"
+    if request.pretrained and not weights.is_dir():
+        raise ExperimentError(f"there is no {weights}: it stands beside this script in the repository")
     folder = here / "output" / ("quick" if request.quick else "pretrained" if request.pretrained else "")
     output = Path(os.path.abspath(given.get("output_dir") or folder))
     with locked_output(output):
         if request.sample_only:
-            models = load_trained(here / "pretrained" if request.pretrained else output, **given)
+            models = load_trained(weights if request.pretrained else output, **given)
             run_sampling(models, output, request)
         else:
             checkpoint = None if request.fresh else find_checkpoint(output / "checkpoints", Config)
