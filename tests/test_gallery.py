@@ -31,11 +31,13 @@ def output(tmp_path):
     for epoch in (2, 9, 10):
         draw_still(output / "samples" / f"samples_epoch_{epoch}.png", (epoch, epoch, epoch, 255))
         draw_still(output / "interpolation" / f"noises_epoch_{epoch}.png", (epoch, 0, 0, 255))
+        draw_still(output / "reconstruction" / f"reconstruction_epoch_{epoch}.png", (epoch, 0, 0, 255))
         draw_animation(
             output / "diffusion_animation" / f"diffusion_animation_class_Bag_epoch_{epoch}.gif", (0, 20 * epoch, 255)
         )
     draw_still(output / "loss_curves.png", (1, 2, 3, 255))
     draw_still(output / "latent_space" / "latent_space.png", (9, 9, 9, 255))
+    draw_still(output / "reconstruction" / "reconstruction.png", (0, 99, 0, 255))  # of the finished run
     draw_still(output / "samples" / "samples_Sandal.png", (0, 0, 0, 255))  # asked for, not a figure
     samples = np.arange(120, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 28, 28, 1), np.uint8)
     np.savez(output / "samples.npz", samples, np.arange(120) % 10)
@@ -55,6 +57,7 @@ def test_gallery_is_the_newest_of_each_figure_and_nothing_else(output, tmp_path,
         "latent_space.png",
         "loss_curves.png",
         "real_and_generated.png",
+        "reconstruction.png",
         "samples.png",
         "strip.png",
     }
@@ -62,6 +65,7 @@ def test_gallery_is_the_newest_of_each_figure_and_nothing_else(output, tmp_path,
     samples, noises = Image.open(folder / "samples.png"), Image.open(folder / "interpolation_noises.png")
     assert (samples.mode, samples.getpixel((0, 0))) == ("L", 10)
     assert (noises.mode, noises.getpixel((0, 0))) == ("RGB", (10, 0, 0))
+    assert Image.open(folder / "reconstruction.png").getpixel((0, 0)) == (0, 99, 0)
     strip = np.asarray(Image.open(folder / "strip.png")).reshape(60, 10, 60)
     assert strip[30, :, 30].tolist() == list(range(10))  # with a black border
     assert strip[:2].max() == strip[-2:].max() == strip[:, :, :2].max() == strip[:, :, -2:].max() == 0

@@ -22,18 +22,24 @@ import feature_extractor as fe
 import quality
 import speed
 
-FIGURES = ("loss_curves.png", "samples/samples_epoch_*.png", "*/*_epoch_*.png", "*/*_epoch_*.gif", "*/latent_space.png")
+FIGURES = (
+    "loss_curves.png", "latent_space/latent_space.png", "reconstruction/reconstruction.png", "*/*_epoch_*.png",
+    "*/*_epoch_*.gif",
+)  # fmt: skip
 ANIMATION_WIDTH = 140  # pixels: five a pixel of the image
 LIMIT = 4 * 2**20  # bytes of a gallery
 
 
 def newest_figures(output):
-    """{name in a gallery: path} of the figures in an output folder, of each the one of the latest epoch."""
+    """{name in a gallery: path} of the figures in an output folder, of each the one of the latest epoch.
+
+    A figure without an epoch in its name belongs to the finished run, so is the latest.
+    """
     newest = {}
     for path in sorted({path for pattern in FIGURES for path in output.glob(pattern)}):
         stem, _, epoch = path.stem.partition("_epoch_")
         name = f"interpolation_{stem}" if path.parent.name == "interpolation" else stem
-        newest.setdefault(name + path.suffix, []).append((int(epoch or 0), path))
+        newest.setdefault(name + path.suffix, []).append((float(epoch or "inf"), path))
     return {name: max(paths)[1] for name, paths in newest.items()}
 
 
