@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import SCRIPT_V3, load_script
-from sync_shared import find_scripts, read_definitions
+from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 
+SCRIPT_V3 = REPOSITORY / "LatentDiffusionModel" / "v3" / "script_model_train_test.py"
 UNCONDITIONAL = {"ImageDiffusionModel/CNN", "LatentDiffusionModel/v1"}
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 WALL_CLOCK = ("seconds", "images_per_second")
@@ -33,7 +33,7 @@ class Experiment:
 
     @property
     def name(self):
-        return "/".join(self.path.parts[-3:-1])
+        return version_of(self.path)
 
     @property
     def conditional(self):
@@ -68,18 +68,8 @@ def each_of(experiments):
     return pytest.mark.parametrize("experiment", experiments, ids=lambda each: each.name, scope="module")
 
 
-def one_of_each(*names):
-    """`each_of`, with one script for each different source of the definitions called `names`: where the scripts that
-    have them are the same to the byte, one test is enough."""
-    by_source = {}
-    for experiment in EXPERIMENTS:
-        lines, ranges = read_definitions(experiment.path)
-        if ranges.keys() >= set(names):
-            by_source[tuple("\n".join(lines[slice(*ranges[name])]) for name in names)] = experiment
-    return each_of(list(by_source.values()))
-
-
 every_script = each_of(EXPERIMENTS)
+on_v3 = each_of([Experiment(SCRIPT_V3)])  # what the scripts share, to the byte, is tested once
 
 
 def load_without_figures(path=SCRIPT_V3):

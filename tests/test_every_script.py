@@ -26,7 +26,6 @@ from script_runs import (
     files_below,
     flags,
     interrupt_at_step,
-    load_without_figures,
     read,
     run,
     steps,
@@ -36,20 +35,7 @@ from test_v3_blocks import perturb
 COLUMNS = ["stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate", "seconds", "images_per_second"]
 EXPORTED = 24
 
-
 pytestmark = every_script
-
-
-@pytest.fixture(scope="module")
-def module(experiment):
-    """The script, whose training draws nothing."""
-    return load_without_figures(experiment.path)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(experiment, undisturbed_run):
-    """Output folder of a tiny run that nothing has interrupted."""
-    return undisturbed_run(experiment.path)
 
 
 # Alone in a folder

@@ -1,19 +1,16 @@
 """The committed weights of v3, the switch that samples from them, and pretrained.py, which made them."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import REPOSITORY, SCRIPT_V3, load_script, run_script
-from script_runs import flags, refusal, run
-
-sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
 import feature_extractor as fe
 import pretrained
+from conftest import SCRIPT_V3, load_script, run_script
+from script_runs import flags, refusal, run
 
 FOLDER = SCRIPT_V3.parent / "pretrained"
 

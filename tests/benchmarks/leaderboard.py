@@ -231,7 +231,7 @@ def update_board(board, scripts, args):
     return {"floor": floor, "versions": list(rows.values())}
 
 
-def main(argv=None, repository=speed.sync_shared.REPOSITORY):
+def main(argv=None, repository=speed.REPOSITORY):
     """Command line. Exits 2 with one line on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", metavar="VERSION", help="such as LatentDiffusionModel/v3 (default: all)")

@@ -43,7 +43,7 @@ def build_pretrained(script, output, folder):
     return sum(path.stat().st_size for path in folder.rglob("*.pt"))
 
 
-def main(argv=None, repository=speed.sync_shared.REPOSITORY):
+def main(argv=None, repository=speed.REPOSITORY):
     """Command line. Exits 2 with one line on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", metavar="VERSION", help="for example LatentDiffusionModel/v3")

@@ -14,9 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib.metadata
-import importlib.util
 import io
-import itertools
 import os
 import platform
 import statistics
@@ -37,7 +35,7 @@ from torchvision.datasets import FashionMNIST
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import feature_extractor as fe
-import sync_shared
+from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 
 WARM_UP = 3  # steps or blocks that are run before the measured ones
 BLOCK = 20  # batches that are timed together in the input pipeline
@@ -46,8 +44,6 @@ SOLE_SAMPLERS = {  # of the versions whose configuration has no choice of sample
     "LatentDiffusionModel/v1": "ddim",
     "LatentDiffusionModel/v2": "dpm-solver++(2m)",
 }
-
-_numbers = itertools.count()
 
 
 class Enough(Exception):
@@ -59,28 +55,13 @@ class Enough(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def version_of(path):
-    """A version's name, such as LatentDiffusionModel/v3, from the path of its script."""
-    return "/".join(path.parts[-3:-1])
-
-
-def find_versions(wanted=(), repository=sync_shared.REPOSITORY):
+def find_versions(wanted=(), repository=REPOSITORY):
     """Map the versions in ``wanted``, or all that there are, to their scripts; ValueError names one that is not."""
-    found = {version_of(path): path for path in sync_shared.find_scripts(repository)}
+    found = {version_of(path): path for path in find_scripts(repository)}
     for version in wanted:
         if version not in found:
             raise ValueError(f"there is no version {version!r}; there are {', '.join(found)}")
     return {version: found[version] for version in wanted or found}
-
-
-def load_script(path):
-    """Import a script under a module name that is new each time: it may be changed without harm to another import."""
-    name = f"measured_{path.parent.name}_{next(_numbers)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def epoch_fields(config_class):

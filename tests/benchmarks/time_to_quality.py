@@ -351,7 +351,7 @@ def run_all(args, versions, folder):
         yield run_peer(name, None if name == "smalldiffusion" else parameters, args, folder / name)
 
 
-def main(argv=None, repository=speed.sync_shared.REPOSITORY):
+def main(argv=None, repository=speed.REPOSITORY):
     """Command line. Exits 2 with one line on bad input."""
     args, points = parse_command_line(argv), []
     try:
