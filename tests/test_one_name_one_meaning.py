@@ -13,11 +13,9 @@ import pytest
 import sync_shared
 
 SCRIPTS = sync_shared.find_scripts()
-SCRIPT_IDS = [path.parent.relative_to(sync_shared.REPOSITORY).as_posix() for path in SCRIPTS]
 IMPORT_NAMES = {"scikit-learn": "sklearn"}  # packages whose import name is not their own name
 
-# Definitions that no code of their own file uses, and for whom they are. An entry that is no longer needed is an error.
-PUBLIC_ONLY: dict[str, str] = {}
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=sync_shared.version_of)
 
 
 def unused_definitions(path):
@@ -51,16 +49,12 @@ def test_shared_definitions_are_identical():
     assert not problems, "\n\n".join(["", *problems])
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
+@each_script
 def test_every_definition_is_used_in_its_own_file(script):
-    assert unused_definitions(script) - PUBLIC_ONLY.keys() == set()
+    assert unused_definitions(script) == set()
 
 
-def test_every_public_only_entry_is_needed():
-    assert PUBLIC_ONLY.keys() - {name for script in SCRIPTS for name in unused_definitions(script)} == set()
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
+@each_script
 def test_scripts_import_nothing_of_this_repository(script):
     assert foreign_imports(script) == set()
 
