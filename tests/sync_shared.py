@@ -157,6 +157,8 @@ def main(arguments=None, repository=REPOSITORY, exceptions=EXCEPTIONS):
     action.add_argument("--from", dest="script", type=Path, metavar="SCRIPT", help="the script that is right")
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to copy (default: everything shared)")
     options = parser.parse_args(arguments)
+    if options.check and options.names:
+        parser.error("--check compares everything and takes no names")
     scripts = find_scripts(repository)
     try:
         if options.script:

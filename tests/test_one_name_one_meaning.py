@@ -202,6 +202,13 @@ def test_copy_refuses_names_that_are_not_shared(repository, capsys, name):
     assert name in capsys.readouterr().err
 
 
+def test_check_takes_no_names(repository, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        sync_shared.main(["--check", "area"], repository, {})
+    assert exit_info.value.code == 2
+    assert "--check" in capsys.readouterr().err
+
+
 def test_the_tool_runs_from_the_command_line():
     command = [sys.executable, sync_shared.__file__, "--check"]
     completed = subprocess.run(command, capture_output=True, text=True, timeout=60)
