@@ -19,6 +19,7 @@ from PIL import Image
 from scipy.stats import kstest
 
 from conftest import load_script, run_script
+from networks import perturb
 from script_runs import (
     CLASSES,
     differences,
@@ -30,7 +31,6 @@ from script_runs import (
     run,
     steps,
 )
-from test_v3_blocks import perturb
 
 COLUMNS = ["stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate", "seconds", "images_per_second"]
 EXPORTED = 24

@@ -18,7 +18,7 @@ from scipy.stats import kstest
 from sklearn.decomposition import PCA
 
 from conftest import draw_shapes
-from test_v3_blocks import perturb
+from networks import perturb
 
 CPU = torch.device("cpu")
 EPOCH = 3
