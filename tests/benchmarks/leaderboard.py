@@ -26,14 +26,7 @@ import feature_extractor as fe
 import quality
 import speed
 
-LADDER = (
-    "ImageDiffusionModel/CNN",
-    "ImageDiffusionModel/Transformer",
-    "ImageDiffusionModel/UNet",
-    "LatentDiffusionModel/v1",
-    "LatentDiffusionModel/v2",
-    "LatentDiffusionModel/v3",
-)
+LADDER = tuple(speed.find_versions())
 SAMPLES = quality.REFERENCE_SIZE  # in each file: figures of other counts do not compare
 SAMPLE_FILES = ("samples.npz", "samples_seed_1.npz", "samples_seed_2.npz")
 SCORES = ("fmd", "percent_of_blur", "coverage", "accuracy", "copying")
