@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 import re
 import shutil
 import time
@@ -261,12 +262,35 @@ def test_the_report_of_a_version(quick_flags, tiny_data_dir, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("tool", [speed, leaderboard, time_to_quality])
-def test_an_unknown_version_gets_one_line_and_status_2(tool, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["LatentDiffusionModel/v0"], "there is no version 'LatentDiffusionModel/v0'"),
+        (["LatentDiffusionModel/v3", "--device", "banana"], "device 'banana' is none of"),
+    ],
+)
+def test_bad_input_gets_one_line_and_status_2(tool, arguments, reason, capsys):
     with pytest.raises(SystemExit) as stop:
-        tool.main(["LatentDiffusionModel/v0"])
+        tool.main(arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
-    assert len(err.splitlines()) == 1 and err.startswith("error: there is no version 'LatentDiffusionModel/v0'")
+    assert len(err.splitlines()) == 1 and err.startswith(f"error: {reason}")
+
+
+def test_data_that_cannot_be_had_get_one_line_and_status_2(no_network, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        speed.main(["LatentDiffusionModel/v3", "--data-dir", str(tmp_path), "--device", "cpu"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and err.startswith("error: cannot read Fashion-MNIST")
+
+
+def test_a_script_s_warning_is_seen(untrained_v3, tmp_path, capsys):
+    checkpoints = shutil.copytree(untrained_v3 / "checkpoints", tmp_path / "checkpoints")
+    os.replace(checkpoints / "last.pt", checkpoints / "previous.pt")
+    speed.Sampler(SCRIPT_V3, tmp_path, "cpu")
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert err.startswith("warning: ") and err.endswith(f"going on from {checkpoints / 'previous.pt'}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,6 +376,11 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
     assert "LatentDiffusionModel/v3 keeps its row" in (err := capsys.readouterr().err) and "samples_seed_2.npz" in err
 
 
+def spoil_checkpoints(board):
+    for path in (board.output / "checkpoints").iterdir():
+        path.write_bytes(b"")
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -359,6 +388,7 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
         (lambda board: (board.output / "samples.npz").write_text("a shoe"), "not a sound .npz file"),
         (lambda board: (board.output / "metrics.csv").write_text("stage\n"), "holds no epoch"),
         (lambda board: (board.output / "checkpoints" / "last.pt").unlink(), "lacks last.pt"),
+        (spoil_checkpoints, "can be read"),
     ],
 )
 def test_what_is_no_result_gets_a_row_that_says_so(board, damage, reason, capsys):

@@ -82,9 +82,29 @@ def script_flags(args):
 
 @contextlib.contextmanager
 def quiet():
-    """Nothing that is printed within is seen."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    """Nothing that is printed within is seen. Yields the stream that receives it."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
+        yield printed
+
+
+@contextlib.contextmanager
+def calls_of(script):
+    """Calls of a script's functions print their warnings and no more; what would end its run becomes a ValueError."""
+    try:
+        with quiet() as printed:
+            yield
+    except script.ExperimentError as error:
+        raise ValueError(" ".join(str(error).splitlines())) from None
+    for line in printed.getvalue().splitlines():
+        if line.startswith("warning"):
+            print(line, file=sys.stderr)
+
+
+def pick_device(scripts, name):
+    """The device that the scripts of {version: script} know as ``name``; ValueError where it cannot be used."""
+    script = load_script(next(iter(scripts.values())))
+    with calls_of(script):
+        return script.pick_device(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +112,7 @@ def quiet():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def hardware(device="cpu"):
+def hardware(device):
     """The accelerator's name, or the processor's and its number of cores."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -220,7 +240,7 @@ def measure_training(path, flags, repeats, rivals=None):
             raise Enough
 
     script.train = train
-    with tempfile.TemporaryDirectory() as folder, quiet(), contextlib.suppress(Enough):
+    with tempfile.TemporaryDirectory() as folder, calls_of(script), contextlib.suppress(Enough):
         script.main([*flags, "--output-dir", folder])
     return measured
 
@@ -294,7 +314,7 @@ def make_untrained(path, flags, folder):
 
     script.train = train
     once = epoch_flags(dict.fromkeys(epoch_fields(script.Config), 1))
-    with quiet(), contextlib.suppress(Enough):
+    with calls_of(script), contextlib.suppress(Enough):
         script.main([*flags, "--output-dir", str(folder), "--train-images", "64", *once])
 
 
@@ -308,7 +328,7 @@ class Sampler:
 
     def __init__(self, path, output, device):
         self.script, self.rows, self.count = load_script(path), 0, 0
-        with quiet():
+        with calls_of(self.script):
             self.models = self.script.load_trained(Path(output), device)
         networks = [part for part in self.models if isinstance(part, torch.nn.Module)]
         self.parameters = sum(parameter.numel() for network in networks for parameter in network.parameters())
@@ -321,7 +341,7 @@ class Sampler:
     def seconds(self, count):
         """Seconds that ``count`` images take, decoded, without writing them to a file."""
         self.count += count
-        with tempfile.TemporaryDirectory() as folder, quiet():
+        with tempfile.TemporaryDirectory() as folder, calls_of(self.script):
             self.script.export_samples(self.models, count, Path(folder))
         return self.times[-1]
 
@@ -347,7 +367,7 @@ def measure_figures(path, flags, folder, repeats, device):
     times = stopwatch(script, ["draw_trajectories", "save_trajectories"], device)
     for _ in range(1 + repeats):
         times.clear()
-        with quiet():
+        with calls_of(script):
             script.main([*flags, "--output-dir", str(folder), "--sample-only"])
         totals.append(sum(times))
     return totals[1:]
@@ -409,7 +429,8 @@ class SmallDiffusion:
         device: where to train and sample.
 
     ``step(images)`` takes a step of training on float images (B, 1, 28, 28) in [-1, 1]; ``sample(count)`` draws from
-    the averaged weights, which ``weights`` and ``load`` get and set. The other peers have the same methods.
+    the averaged weights. The other peers have the same methods, those that time_to_quality.py trains also ``weights``
+    and ``load``, which get and set the averaged weights.
     """
 
     sampler = "its own, 20 steps, gam 1.6"
@@ -684,6 +705,7 @@ def main(argv=None):
         sys.stdout.reconfigure(line_buffering=True)
     try:
         versions = find_versions(args.versions)
+        pick_device(versions, args.device)
         missing = [name for name in PEERS if not installed(name)] if args.peers else []
         if missing:
             print(f"not installed: {', '.join(missing)} (requirements.txt beside this file)", file=sys.stderr)

@@ -356,7 +356,7 @@ def main(argv=None, repository=speed.REPOSITORY):
     args, points = parse_command_line(argv), []
     try:
         versions = speed.find_versions(args.versions, repository)
-        device = speed.load_script(next(iter(versions.values()))).pick_device(args.device)
+        device = speed.pick_device(versions, args.device)
         args.device = str(device)
         reference = quality.load_reference(args.data_dir)
         floor = score_floor(args.samples, args.data_dir, reference)
