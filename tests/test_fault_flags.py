@@ -148,7 +148,7 @@ def file(tmp_path_factory):
 @given(name=texts.map(lambda text: text.replace("/", "")).filter(lambda text: text not in ("", ".", "..")))
 def test_any_folder_that_cannot_be_is_answered_in_one_line(module, file, flag, name):
     """A path may be too long, or hold line breaks and bytes that are no text."""
-    refusal(module, ["--quick", f"--output-dir={file.parent / 'output'}", f"{flag}={file}/{name}"])
+    refusal(module, ["--quick", "--device=cpu", f"--output-dir={file.parent / 'output'}", f"{flag}={file}/{name}"])
 
 
 @every_script
