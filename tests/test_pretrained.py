@@ -56,7 +56,7 @@ def test_pretrained_weights_leave_the_own_run_alone(alone, tmp_path, undisturbed
         assert file["arr_0"].shape == (10, 28, 28, 1)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--class=Bag"], ["--sample-only", "--quick"]])
+@pytest.mark.parametrize("arguments", [[], ["--sample-only", "--quick"]])
 def test_pretrained_is_for_sampling_only(arguments, tmp_path):
     asked = [f"--output-dir={tmp_path / 'output'}", "--pretrained", *arguments]
     assert "--pretrained goes with --sample-only" in refusal(load_script(SCRIPT_V3), asked)
