@@ -2,10 +2,8 @@
 
 import functools
 import gzip
-import importlib.util
-import itertools
 import os
-import socket
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -13,18 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torchvision.datasets import FashionMNIST
+import torch
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-SCRIPT_V3 = REPOSITORY / "LatentDiffusionModel" / "v3" / "script_model_train_test.py"
+import script_runs
+from script_runs import SCRIPT_V3
+from sync_shared import REPOSITORY, load_script
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
+import feature_extractor as fe
+import quality
+
 ARCHIVES = [
     "train-images-idx3-ubyte.gz",
     "train-labels-idx1-ubyte.gz",
     "t10k-images-idx3-ubyte.gz",
     "t10k-labels-idx1-ubyte.gz",
 ]
-
-_module_numbers = itertools.count()
 
 
 def pytest_addoption(parser):
@@ -39,17 +41,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("faults") and not config.getoption("--faults"):
             item.add_marker(pytest.mark.skip(reason="runs with --faults"))
-
-
-def load_script(path):
-    """Import a Python file under a module name that is new each time, so that no two tests share its state."""
-    path = Path(path)
-    name = f"loaded_{path.parent.name}_{path.stem}_{next(_module_numbers)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_script(path, *args, timeout=240, cwd=None, env=None):
@@ -90,11 +81,11 @@ def write_idx(path, array):
     path.with_name(path.name + ".gz").write_bytes(gzip.compress(content, mtime=0))
 
 
-def write_tiny_data(root, train=640, test=160, seed=0):
+def write_tiny_data(root, train=640, test=160):
     """Write a small data set of class-dependent shapes in torchvision's raw layout; the same bytes every time."""
     raw = Path(root) / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for prefix, count in (("train", train), ("t10k", test)):
         labels = rng.permutation(np.arange(count) % 10).astype(np.uint8)
         write_idx(raw / f"{prefix}-images-idx3-ubyte", draw_shapes(labels, rng))
@@ -106,16 +97,18 @@ def provide_real_data(root):
     raw = Path(root) / "FashionMNIST" / "raw"
     if all((raw / name).is_file() for name in ARCHIVES):
         return root
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # torchvision sets none, and a blocked network would hang
     try:
-        FashionMNIST(root, download=True)
+        fe.download(root)
         return root
     except (OSError, RuntimeError) as error:
         give_up = pytest.fail if os.environ.get("CI") else pytest.skip
         give_up(f"Fashion-MNIST is not in {raw}, and downloading it failed: {error}")
-    finally:
-        socket.setdefaulttimeout(timeout)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Tests that draw from torch's global generator draw the same every time."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +117,16 @@ def tiny_data_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny_data")
     write_tiny_data(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def scored_data_dir(tmp_path_factory):
+    """A data set with 600 training images besides the validation split and 300 test images; its cache is kept apart."""
+    root = tmp_path_factory.mktemp("scored_data")
+    write_tiny_data(root, train=fe.VALIDATION_SIZE + 600, test=300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "CACHE_DIR", tmp_path_factory.mktemp("cache"))
+        yield root
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +152,6 @@ def script_v3():
 @pytest.fixture(scope="session")
 def undisturbed_run(tiny_data_dir, tmp_path_factory):
     """A function: the output folder of a script's tiny run, which nothing interrupted. Copy it before you change it."""
-    import script_runs  # which needs this file
 
     @functools.cache
     def undisturbed(path):
@@ -160,3 +162,24 @@ def undisturbed_run(tiny_data_dir, tmp_path_factory):
         return output
 
     return undisturbed
+
+
+# Of the script that a test's argument `experiment` names, which a mark of script_runs.py provides.
+
+
+@pytest.fixture(scope="module")
+def module(experiment):
+    """The script, whose training draws nothing."""
+    return script_runs.load_without_figures(experiment.path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(experiment, undisturbed_run):
+    """Output folder of its tiny run that nothing has interrupted. Copy it before you change it."""
+    return undisturbed_run(experiment.path)
+
+
+@pytest.fixture
+def output(undisturbed, tmp_path):
+    """A copy of that output folder."""
+    return shutil.copytree(undisturbed, tmp_path / "output")

@@ -16,11 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import SCRIPT_V3, load_script
-from sync_shared import find_scripts, read_definitions
+from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 
+SCRIPT_V3 = REPOSITORY / "LatentDiffusionModel" / "v3" / "script_model_train_test.py"
 UNCONDITIONAL = {"ImageDiffusionModel/CNN", "LatentDiffusionModel/v1"}
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+OWN_FOLDERS = {  # of figures that neither the family nor conditions imply
+    "ImageDiffusionModel/CNN": {"samplers"},
+    "ImageDiffusionModel/UNet": {"nearest_neighbours"},
+    "LatentDiffusionModel/v1": {"prior"},
+    "LatentDiffusionModel/v3": {"nearest_neighbours"},
+}
 WALL_CLOCK = ("seconds", "images_per_second")
 SAVERS = ("save_all_figures", "save_samples", "save_unconditional_samples", "save_reconstructions")  # of a training
 
@@ -33,7 +39,7 @@ class Experiment:
 
     @property
     def name(self):
-        return "/".join(self.path.parts[-3:-1])
+        return version_of(self.path)
 
     @property
     def conditional(self):
@@ -48,16 +54,14 @@ class Experiment:
         return ["autoencoder", "diffusion"] if self.latent else ["diffusion"]
 
     def figures(self, epoch):
-        """Paths of the figures of a run that has ended after `epoch`, and the folders whose files have other names."""
+        """Paths of the figures of a run that has ended after `epoch`, and the folders of all others."""
         subjects = CLASSES if self.conditional else [f"sample {number}" for number in range(10)]
         names = [f"{re.sub('[/ ]', '-', subject)}_epoch_{epoch}" for subject in subjects]
         paths = {f"diffusion_animation/diffusion_animation_class_{name}.gif" for name in names}
         paths |= {f"denoise_with_diffusion_path/denoising_path_{name}.png" for name in names}
         paths |= {f"samples/samples_epoch_{number}.png" for number in range(1, epoch + 1)} | {"loss_curves.png"}
-        folders = {"reconstruction", "latent_space", "interpolation"} if self.latent else set()
-        if self.name == "LatentDiffusionModel/v3":
-            folders |= {"guidance", "nearest_neighbours"}
-        return paths, folders
+        folders = OWN_FOLDERS.get(self.name, set()) | ({"guidance"} if self.conditional else set())
+        return paths, folders | ({"reconstruction", "latent_space", "interpolation"} if self.latent else set())
 
 
 EXPERIMENTS = [Experiment(path) for path in find_scripts()]
@@ -68,18 +72,8 @@ def each_of(experiments):
     return pytest.mark.parametrize("experiment", experiments, ids=lambda each: each.name, scope="module")
 
 
-def one_of_each(*names):
-    """`each_of`, with one script for each different source of the definitions called `names`: where the scripts that
-    have them are the same to the byte, one test is enough."""
-    by_source = {}
-    for experiment in EXPERIMENTS:
-        lines, ranges = read_definitions(experiment.path)
-        if ranges.keys() >= set(names):
-            by_source[tuple("\n".join(lines[slice(*ranges[name])]) for name in names)] = experiment
-    return each_of(list(by_source.values()))
-
-
 every_script = each_of(EXPERIMENTS)
+on_v3 = each_of([Experiment(SCRIPT_V3)])  # what the scripts share, to the byte, is tested once
 
 
 def load_without_figures(path=SCRIPT_V3):

@@ -12,6 +12,8 @@ and the comment lines directly above it included.
 import argparse
 import ast
 import difflib
+import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -37,9 +39,27 @@ EXCEPTIONS = {
     "main": "a conditional script's has --class",
 }
 
+_module_numbers = itertools.count()
+
 
 def find_scripts(repository=REPOSITORY):
     return sorted(path for pattern in PATTERNS for path in repository.glob(pattern))
+
+
+def version_of(path):
+    """A version's name, such as LatentDiffusionModel/v3, from the path of its script."""
+    return "/".join(path.parts[-3:-1])
+
+
+def load_script(path):
+    """Import a Python file under a module name that is new each time, so that no two imports share its state."""
+    path = Path(path)
+    name = f"loaded_{path.parent.name}_{path.stem}_{next(_module_numbers)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def label(path):
@@ -137,6 +157,8 @@ def main(arguments=None, repository=REPOSITORY, exceptions=EXCEPTIONS):
     action.add_argument("--from", dest="script", type=Path, metavar="SCRIPT", help="the script that is right")
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to copy (default: everything shared)")
     options = parser.parse_args(arguments)
+    if options.check and options.names:
+        parser.error("--check compares everything and takes no names")
     scripts = find_scripts(repository)
     try:
         if options.script:

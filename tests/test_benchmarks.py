@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import zipfile
 
 import numpy as np
@@ -11,11 +10,9 @@ import pytest
 import scipy.linalg
 import torch
 
-from conftest import REPOSITORY, draw_shapes, run_script, write_tiny_data
-
-sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
 import feature_extractor as fe
 import quality
+from conftest import draw_shapes, run_script, write_tiny_data
 
 KEYS = {"file", "n", *quality.METRICS}
 
@@ -155,14 +152,9 @@ class Tiny:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A data set of 600 training images besides the validation split and 300 test images; the cache is kept apart."""
-    data_dir = tmp_path_factory.mktemp("data")
-    write_tiny_data(data_dir, train=fe.VALIDATION_SIZE + 600, test=300)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality, "CACHE_DIR", tmp_path_factory.mktemp("cache"))
-        train = tuple(part[:600] for part in fe.load_split(data_dir, train=True))
-        yield Tiny(data_dir, train, fe.load_split(data_dir, train=False))
+def tiny(scored_data_dir):
+    train, test = (fe.load_split(scored_data_dir, train=train) for train in (True, False))
+    return Tiny(scored_data_dir, tuple(part[:600] for part in train), test)
 
 
 def save(path, images, labels=None):

@@ -39,7 +39,7 @@ def test_missing_real_data_skips_or_fails_under_ci(monkeypatch, tmp_path, ci, ou
         raise RuntimeError("no network")
 
     monkeypatch.setenv("CI", ci)
-    monkeypatch.setattr(conftest, "FashionMNIST", download_without_network)
+    monkeypatch.setattr(conftest.fe, "download", download_without_network)
     # Both are caught, because a skip where a failure is expected would only skip this test.
     with pytest.raises((pytest.skip.Exception, pytest.fail.Exception), match="no network") as exception_info:
         provide_real_data(tmp_path)

@@ -16,21 +16,15 @@ from scipy.stats import norm
 from torch import nn
 
 from conftest import REPOSITORY, load_script
+from networks import AXES, MEAN, affine_map
 
 EIGENVALUES = torch.tensor([0.1, 0.5, 1.5, 3.0], dtype=torch.float64)
-AXES = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
-MEAN = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
 CHURN = {"s_churn": 6.0, "s_tmin": 0.05, "s_tmax": 20.0, "s_noise": 1.007}
 
 
 @pytest.fixture(scope="module")
 def script():
     return load_script(REPOSITORY / "ImageDiffusionModel" / "UNet" / "script_model_train_test.py")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def gaussian_denoiser(x, sigma, mean=MEAN):
@@ -124,14 +118,6 @@ def test_stochastic_sampler_without_noise_is_the_deterministic_one(script, chang
     states = script.stochastic_heun(wavy_denoiser, noise, sigmas, generator, **(CHURN | changes))
     assert all(map(torch.equal, states, script.heun(wavy_denoiser, noise, sigmas)))
     assert torch.equal(generator.get_state(), before)
-
-
-def affine_map(sampler):
-    """Matrix (4, 4) and offset (4,) of a sampler that is an affine map, from the images of the origin and the axes."""
-    points = torch.cat([torch.zeros(1, 4), torch.eye(4)]).double()
-    ends = sampler(points[:, :, None, None]).flatten(1)
-    assert ends.dtype == torch.float64
-    return (ends[1:] - ends[0]).T, ends[0]
 
 
 def exact_solution(sigma, sigma_end, mean=MEAN):
@@ -344,14 +330,6 @@ def test_loss_depends_on_the_generator_alone(script):
     losses = [loss_of(script, lambda x, sigma, classes: x, x0, seed) for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_loss_of_images_is_that_of_pixels_in_minus_one_to_one(script):
-    images, seen = torch.tensor([0, 255], dtype=torch.uint8).repeat(4).view(1, 1, 2, 4), []
-    script.on_images(lambda denoiser, x0, *labels, generator: seen.append((x0, labels, generator)))(None, images, 1, 2)
-    [(x0, labels, generator)] = seen
-    assert torch.equal(x0, torch.tensor([-1.0, 1.0]).repeat(4).view(1, 1, 2, 4))
-    assert (labels, generator) == ((1, 2), None)
 
 
 # -------------------------------------------------------------------------------------------------------- samples

@@ -19,6 +19,7 @@ from PIL import Image
 from scipy.stats import kstest
 
 from conftest import load_script, run_script
+from networks import perturb
 from script_runs import (
     CLASSES,
     differences,
@@ -26,30 +27,16 @@ from script_runs import (
     files_below,
     flags,
     interrupt_at_step,
-    load_without_figures,
     read,
+    refusal,
     run,
     steps,
 )
-from test_v3_blocks import perturb
 
 COLUMNS = ["stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate", "seconds", "images_per_second"]
 EXPORTED = 24
 
-
 pytestmark = every_script
-
-
-@pytest.fixture(scope="module")
-def module(experiment):
-    """The script, whose training draws nothing."""
-    return load_without_figures(experiment.path)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(experiment, undisturbed_run):
-    """Output folder of a tiny run that nothing has interrupted."""
-    return undisturbed_run(experiment.path)
 
 
 # Alone in a folder
@@ -92,7 +79,7 @@ def test_script_alone_writes_what_is_promised(experiment, alone, history):
     expected |= {"metrics.csv", "checkpoints/last.pt", "checkpoints/previous.pt", "samples.npz", ".lock"}
     assert expected - alone.files == set()
     others = alone.files - expected
-    assert {name.split("/")[0] for name in others} >= folders
+    assert {Path(name).parent.as_posix() for name in others} == folders
     assert {Path(name).suffix for name in others} <= {".png"}
 
 
@@ -131,10 +118,11 @@ def test_pictures_are_not_trivial(alone):
     paths = [alone.output / name for name in sorted(alone.files) if name.endswith(".png")]
     for path in paths:
         pixels = np.asarray(Image.open(path).convert("L"))
-        assert min(pixels.shape) > 100, path
+        assert min(pixels.shape) > 200, path
         assert pixels.std() > 10, path
         assert len(np.unique(pixels)) > 50, path
-    assert len({path.read_bytes() for path in paths if path.parent.name == "denoise_with_diffusion_path"}) == 10
+    different = [path for path in paths if path.parent.name != "reconstruction"]  # an epoch may be both first and last
+    assert len({path.read_bytes() for path in different}) == len(different)
 
 
 def test_animations_loop_for_ever(module, alone):
@@ -179,11 +167,11 @@ def again(alone, tiny_data_dir, tmp_path, monkeypatch):
     return SimpleNamespace(module=module, output=output, start=start)
 
 
-@pytest.mark.parametrize("flag", ["--quick", "--sample-only"])
-def test_finished_run_trains_nothing_and_draws_again(again, monkeypatch, history, flag):
+@pytest.mark.parametrize("asked", [["--quick"], ["--sample-only", "--epochs=9"]], ids=" ".join)
+def test_finished_run_trains_nothing_and_draws_again(again, monkeypatch, history, asked):
     drawn, checkpoint = [], (again.output / "checkpoints" / "last.pt").read_bytes()
     monkeypatch.setattr(again.module, "save_all_figures", lambda *args: drawn.append(args))
-    assert again.start(flag) == 0
+    assert again.start(*asked) == 0
     [(models, data, output)] = drawn
     assert models.epoch == sum(row["stage"] == "diffusion" for row in history)
     assert len(data.validation_images) == 53  # a twelfth
@@ -198,8 +186,9 @@ def test_samples_of_a_loaded_model_are_those_of_the_run_that_trained_it(again):
     for before, after in zip(first, exported(again.output / "samples.npz")):
         np.testing.assert_array_equal(before, after)
     assert again.start("--sample-only", f"--export-samples={EXPORTED}", "--sampling-seed=3") == 0
-    others = exported(again.output / "samples_seed_3.npz")[0]
-    assert (others != first[0]).any(axis=(1, 2, 3)).all()
+    images, labels = exported(again.output / "samples_seed_3.npz")
+    assert (images != first[0]).any(axis=(1, 2, 3)).all()
+    np.testing.assert_array_equal(labels, first[1])
 
 
 def test_samples_asked_for_are_one_picture(experiment, again, capsys):
@@ -209,7 +198,9 @@ def test_samples_asked_for_are_one_picture(experiment, again, capsys):
     [name] = files_below(again.output) - before
     assert fnmatch.fnmatch(name, "samples/samples_Ankle-boot.png" if experiment.conditional else "samples/samples*.png")
     assert str(again.output / name) in capsys.readouterr().out
-    assert len(Image.open(again.output / name).convert("L").getcolors()) > 10  # not blank
+    picture = Image.open(again.output / name)
+    assert picture.width > 200 and picture.height > 60
+    assert len(picture.convert("L").getcolors()) > 10  # not blank
 
 
 # What the animations and the paths are drawn from
@@ -276,11 +267,8 @@ def test_trajectories_are_of_the_subjects_and_lie_in_the_space_of_their_paths(ex
 # The command line
 
 
-def test_class_that_there_is_not_is_answered(experiment, module, tmp_path, capsys):
-    assert run(module, ["--sample-only", "--class=Banana", f"--output-dir={tmp_path / 'new'}"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert error.startswith("error: ")
+def test_class_that_there_is_not_is_answered(experiment, module, tmp_path):
+    error = refusal(module, ["--sample-only", "--class=Banana", f"--output-dir={tmp_path / 'new'}"])
     expected = ["Banana", *CLASSES] if experiment.conditional else ["unrecognized", "--class"]
     assert [part for part in expected if part not in error] == []
     assert not (tmp_path / "new").exists()
@@ -333,7 +321,7 @@ def test_help_tells_the_epochs_of_each_device(module, described):
 
 
 # Steps of the diffusion are counted from 1, those of an autoencoder backwards from 0. Epochs have three.
-@pytest.mark.parametrize("at", [[-5, 0, 2], [-3, 1, 6], [5], [9]], ids=str)
+@pytest.mark.parametrize("at", [[-5, 0, 2], [-4, -1, 5], [-3, 1, 6], [3, 9]], ids=str)
 def test_interrupted_run_ends_with_the_same_bits(experiment, module, undisturbed, tiny_data_dir, tmp_path, at):
     done, arguments = 0, flags(module, tmp_path, tiny_data_dir)
     for step in [number + 6 for number in at] if experiment.latent else [number for number in at if number > 0]:

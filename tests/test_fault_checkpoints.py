@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import re
-import shutil
 import zipfile
 
 import pytest
@@ -21,8 +20,7 @@ from script_runs import (
     every_script,
     files_below,
     flags,
-    load_without_figures,
-    one_of_each,
+    on_v3,
     read,
     refusal,
     run,
@@ -30,10 +28,6 @@ from script_runs import (
 )
 
 SHORT = {"train_images": 16, "autoencoder_epochs": 1, "epochs": 1}  # one step a stage, so two saves a run
-one_of_each_source = one_of_each(
-    "write_atomically", "save_checkpoint", "read_checkpoint", "find_checkpoint", "set_damaged_aside", "move_aside",
-    "Run", "train", "exit_status",
-)  # fmt: skip
 
 
 class Killed(BaseException):
@@ -41,26 +35,9 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def module(experiment):
-    return load_without_figures(experiment.path)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(experiment, undisturbed_run):
-    """Output folder of a finished run, with last.pt and previous.pt. Copy it before you change it."""
-    return undisturbed_run(experiment.path)
-
-
-@pytest.fixture(scope="module")
 def whole(undisturbed):
     """The bytes of a good checkpoint, and its content."""
     return (undisturbed / "checkpoints" / "last.pt").read_bytes(), read(undisturbed)
-
-
-@pytest.fixture
-def output(undisturbed, tmp_path):
-    """A copy of the finished run."""
-    return shutil.copytree(undisturbed, tmp_path / "output")
 
 
 def fail_at(monkeypatch, module, number, error):
@@ -98,7 +75,7 @@ def short(module, tiny_data_dir, tmp_path_factory):
     return read(output), operations
 
 
-@one_of_each_source
+@on_v3
 def test_kill_at_any_file_operation_of_a_save(module, short, tiny_data_dir, tmp_path, capsys, monkeypatch):
     """At every moment from the end of the first save on one checkpoint is whole, and a rerun goes on from it."""
     expected, names = short
@@ -120,7 +97,7 @@ def test_kill_at_any_file_operation_of_a_save(module, short, tiny_data_dir, tmp_
         assert differences(expected, read(output)) == [], names[number]
 
 
-@one_of_each_source
+@on_v3
 @pytest.mark.parametrize("operation", ["write", "fsync"])
 def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     module, short, tiny_data_dir, tmp_path, capsys, operation
@@ -146,7 +123,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
         assert differences(expected, read(output)) == []
 
 
-@one_of_each_source
+@on_v3
 def test_loader_refuses_a_truncated_file(module, whole, tmp_path):
     content, path, chance = whole[0], tmp_path / "last.pt", random.Random(0)
     for length in [0, 1, len(content) - 1, *(chance.randrange(len(content)) for _ in range(50))]:
@@ -160,7 +137,7 @@ def flip(content, place, bit):
     return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
 
 
-@one_of_each_source
+@on_v3
 @pytest.mark.parametrize("part", ["anywhere", "in the directory"])
 def test_loader_notices_a_flipped_bit_or_it_changes_nothing(module, whole, tmp_path, part):
     """The directory of the archive is protected by no checksum, so it is tried for itself."""
@@ -175,7 +152,7 @@ def test_loader_notices_a_flipped_bit_or_it_changes_nothing(module, whole, tmp_p
     assert refused > 10
 
 
-@one_of_each_source
+@on_v3
 def test_loader_notices_a_tensor_turned_into_a_folder(module, whole, tmp_path):
     """The one bit in a zip directory that makes torch.load return memory it never filled, and no CRC notices."""
     content, path, place = whole[0], tmp_path / "last.pt", zipfile.ZipFile(io.BytesIO(whole[0])).start_dir
@@ -185,9 +162,11 @@ def test_loader_notices_a_tensor_turned_into_a_folder(module, whole, tmp_path):
         if name.endswith(b"/data/0"):
             break
         place += 46 + sum(lengths)
+    else:
+        pytest.fail("no entry data/0")
     path.write_bytes(flip(content, place + 38, 4))  # of the external attributes: "is a folder"
-    with contextlib.suppress(ValueError):
-        assert differences(whole[1], module.read_checkpoint(path)) == []
+    with pytest.raises(ValueError):
+        module.read_checkpoint(path)
 
 
 class Bomb:
@@ -234,7 +213,7 @@ def empty_zip():
 STRANGE = list(strange_files("", {"format": 1, "version": "", "config": {}}))
 
 
-@one_of_each_source
+@on_v3
 @pytest.mark.parametrize("kind", STRANGE)
 def test_strange_file_in_the_place_of_all_checkpoints(module, whole, tiny_data_dir, tmp_path, capsys, kind):
     marker, folder = tmp_path / "executed", tmp_path / "output" / "checkpoints"
@@ -250,7 +229,7 @@ def test_strange_file_in_the_place_of_all_checkpoints(module, whole, tiny_data_d
     assert (folder / "last.pt").read_bytes() == content  # it may be of use to somebody yet
 
 
-@one_of_each_source
+@on_v3
 def test_bomb_would_go_off(tmp_path, whole):
     """The bombs above are live: an unguarded loader executes them."""
     for number, kind in enumerate(["bomb", "old bomb"]):
@@ -295,7 +274,7 @@ def test_damaged_last_checkpoint_falls_back_to_the_previous(
     assert files_below(output) == files_below(undisturbed)
 
 
-@one_of_each_source
+@on_v3
 def test_damaged_previous_checkpoint_is_no_matter(module, whole, tiny_data_dir, output):
     (output / "checkpoints" / "previous.pt").write_bytes(b"garbage")
     assert run(module, flags(module, output, tiny_data_dir, epochs=4)) == 0
@@ -303,7 +282,7 @@ def test_damaged_previous_checkpoint_is_no_matter(module, whole, tiny_data_dir, 
     assert differences(whole[1], read(output, "previous.pt")) == []
 
 
-@one_of_each_source
+@on_v3
 def test_kill_after_falling_back_leaves_the_previous_checkpoint(module, whole, tiny_data_dir, output, monkeypatch):
     """The damaged file must never be rotated into the place of the good one."""
 
@@ -353,7 +332,7 @@ def test_checkpoint_of_another_configuration_lists_the_fields(module, whole, tin
     assert (output / "checkpoints" / "last.pt").read_bytes() == whole[0]
 
 
-@one_of_each_source
+@on_v3
 def test_fresh_moves_the_old_run_aside(module, whole, tiny_data_dir, output):
     assert run(module, [*flags(module, output, tiny_data_dir, **SHORT, seed=3), "--fresh"]) == 0
     assert steps(output) == {"autoencoder": 1, "diffusion": 1}

@@ -39,8 +39,7 @@ from script_runs import (
     flags,
     interrupt_at_step,
     kill_at_operation,
-    load_without_figures,
-    one_of_each,
+    on_v3,
     read,
     refusal,
     run,
@@ -50,24 +49,6 @@ from script_runs import (
 
 FULL = Path("/dev/full")  # a file on a disk that is always full
 needs_full_disk = pytest.mark.skipif(not FULL.exists(), reason=f"there is no {FULL} here")
-one_loader = one_of_each("load_fashion_mnist", "is_whole", "exit_status")
-
-
-@pytest.fixture(scope="module")
-def module(experiment):
-    return load_without_figures(experiment.path)
-
-
-@pytest.fixture
-def undisturbed(experiment, undisturbed_run):
-    """Output folder of a finished run. Copy it before you change it."""
-    return undisturbed_run(experiment.path)
-
-
-@pytest.fixture
-def output(undisturbed, tmp_path):
-    """A copy of the finished run."""
-    return shutil.copytree(undisturbed, tmp_path / "output")
 
 
 @pytest.fixture
@@ -100,7 +81,7 @@ def test_signal_ends_the_process_with_its_status_and_a_hint(
     assert_ends_as(undisturbed, tmp_path / "output", module, arguments)
 
 
-@one_of_each("train", "noted_signals", "exit_status")
+@on_v3
 def test_second_ctrl_c_stops_at_once(experiment, module, tiny_data_dir, tmp_path):
     arguments = flags(module, tmp_path / "output", tiny_data_dir)
     real_run = RealRun(experiment.path, tmp_path, arguments, partial(wait_in_step, step=5, signals=3))
@@ -115,7 +96,7 @@ def test_second_ctrl_c_stops_at_once(experiment, module, tiny_data_dir, tmp_path
     assert sum(steps(tmp_path / "output").values()) == 3  # the last checkpoint stands
 
 
-@one_of_each("exit_status")
+@on_v3
 def test_ctrl_c_while_figures_are_drawn_says_how_to_go_on(module, output, tiny_data_dir, monkeypatch):
     monkeypatch.setattr(module, "save_all_figures", lambda *args: signal.raise_signal(signal.SIGINT))
     status, error = answer(module, flags(module, output, tiny_data_dir))
@@ -229,7 +210,7 @@ def test_full_disk_while_samples_are_written_is_one_line_and_leaves_the_old_ones
 
 
 @needs_full_disk
-@one_of_each("save_animation", "write_atomically")
+@on_v3
 def test_full_disk_leaves_the_old_animation(module, tmp_path):
     path, frames = tmp_path / "folder" / "old.gif", torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
     module.save_animation(frames, frames, ["a", "b", "c"], "title", path)
@@ -312,7 +293,7 @@ def test_no_data_and_no_network_names_the_files_and_the_folder(module, no_networ
         assert part in line
 
 
-@one_loader
+@on_v3
 @pytest.mark.parametrize("name", ARCHIVES)
 @pytest.mark.parametrize("kind", ["missing", "truncated", "wrong MD5"])
 def test_damaged_archive_is_named_and_a_good_one_works(module, no_network, tiny_archives, data, tmp_path, kind, name):
@@ -330,7 +311,7 @@ def test_damaged_archive_is_named_and_a_good_one_works(module, no_network, tiny_
     assert load(module, data) == 640
 
 
-@one_loader
+@on_v3
 @pytest.mark.parametrize("kind", ["folder in its place", "data folder is a file"])
 def test_unreadable_data_is_named(module, no_network, data, tmp_path, kind):
     if kind == "folder in its place":
@@ -343,7 +324,7 @@ def test_unreadable_data_is_named(module, no_network, data, tmp_path, kind):
     assert str(path) in refusal(module, flags(module, tmp_path / "output", root))
 
 
-@one_loader
+@on_v3
 @pytest.mark.parametrize("kind", ["cut short", "empty", "wrong kind"])
 @pytest.mark.parametrize("number", [0, 1])
 def test_damaged_unpacked_file_is_unpacked_again(module, no_network, tiny_archives, data, capsys, kind, number):
@@ -355,7 +336,7 @@ def test_damaged_unpacked_file_is_unpacked_again(module, no_network, tiny_archiv
     assert str(path) in capsys.readouterr().out
 
 
-@one_loader
+@on_v3
 def test_damaged_unpacked_file_without_its_archive_is_named(module, no_network, tiny_archives, data, tmp_path):
     path, archive = data / ARCHIVES[1].removesuffix(".gz"), data / ARCHIVES[1]
     path.write_bytes(path.read_bytes()[:-1])
@@ -399,7 +380,7 @@ def serve(tiny_archives, monkeypatch):
         server.server_close()
 
 
-@one_loader
+@on_v3
 @pytest.mark.parametrize("kind", ["silent", "broken"])
 def test_download_that_fails_is_answered_and_the_next_one_works(module, serve, monkeypatch, tmp_path, kind):
     """A network may also go away while it is used. Without a terminal the bars of a download are not seen."""
@@ -424,7 +405,7 @@ def test_download_that_fails_is_answered_and_the_next_one_works(module, serve, m
 # Numbers
 
 
-@one_of_each("train", "train_step", "add_loss")
+@on_v3
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_loss_that_is_not_finite_stops_the_run(experiment, module, monkeypatch, tiny_data_dir, tmp_path, epoch):
     real, calls = module.train_step, []

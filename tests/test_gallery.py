@@ -1,27 +1,24 @@
 """gallery.py: which pictures it takes, and that they stay the same pictures."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import gallery
 from conftest import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
-import gallery
 
-
-def draw_still(path, shade, mode="RGBA"):
+def draw_still(path, shade):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, (20, 10), shade).save(path)
+    Image.new("RGBA", (20, 10), shade).save(path)
 
 
-def draw_animation(path, shades, size=(280, 300)):
+def draw_animation(path, shades):
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, *others = [Image.new("L", size, shade) for shade in shades]
-    first.save(path, save_all=True, append_images=others, duration=[500, 40, 300][: len(shades)], loop=0)
+    first, *others = [Image.new("L", (280, 300), shade) for shade in shades]
+    first.save(path, save_all=True, append_images=others, duration=[500, 40, 300], loop=0)
 
 
 @pytest.fixture

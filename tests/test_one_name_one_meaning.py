@@ -13,11 +13,9 @@ import pytest
 import sync_shared
 
 SCRIPTS = sync_shared.find_scripts()
-SCRIPT_IDS = [path.parent.relative_to(sync_shared.REPOSITORY).as_posix() for path in SCRIPTS]
 IMPORT_NAMES = {"scikit-learn": "sklearn"}  # packages whose import name is not their own name
 
-# Definitions that no code of their own file uses, and for whom they are. An entry that is no longer needed is an error.
-PUBLIC_ONLY: dict[str, str] = {}
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=sync_shared.version_of)
 
 
 def unused_definitions(path):
@@ -51,16 +49,12 @@ def test_shared_definitions_are_identical():
     assert not problems, "\n\n".join(["", *problems])
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
+@each_script
 def test_every_definition_is_used_in_its_own_file(script):
-    assert unused_definitions(script) - PUBLIC_ONLY.keys() == set()
+    assert unused_definitions(script) == set()
 
 
-def test_every_public_only_entry_is_needed():
-    assert PUBLIC_ONLY.keys() - {name for script in SCRIPTS for name in unused_definitions(script)} == set()
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
+@each_script
 def test_scripts_import_nothing_of_this_repository(script):
     assert foreign_imports(script) == set()
 
@@ -141,8 +135,8 @@ def test_check_reports_drift_and_the_command_it_prints_mends_it(repository, caps
     assert status == 1
     assert message.count("has more than one meaning") == 1
     assert f"{name} has more than one meaning" in message
-    changed = {line for line in (*old.split("\n"), *new.split("\n")) if line}
-    assert any(line[1:].strip() in changed or line[1:].strip().endswith((old, new)) for line in message.split("\n"))
+    changed = tuple(part for part in map(str.strip, f"{old}\n{new}".split("\n")) if part)
+    assert any(line[0] in "+-" and line.strip().endswith(changed) for line in message.split("\n") if line)
     command = f"python tests/sync_shared.py --from ImageDiffusionModel/first/script_model_train_test.py {name}"
     assert command in message
 
@@ -208,10 +202,17 @@ def test_copy_refuses_names_that_are_not_shared(repository, capsys, name):
     assert name in capsys.readouterr().err
 
 
+def test_check_takes_no_names(repository, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        sync_shared.main(["--check", "area"], repository, {})
+    assert exit_info.value.code == 2
+    assert "--check" in capsys.readouterr().err
+
+
 def test_the_tool_runs_from_the_command_line():
     command = [sys.executable, sync_shared.__file__, "--check"]
     completed = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert completed.returncode in (0, 1), completed.stderr  # what it finds is the first test's affair
+    assert completed.returncode in (0, 1) and completed.stderr == ""  # what it finds is the first test's affair
 
 
 def test_unused_definitions_are_found(tmp_path):

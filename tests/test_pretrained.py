@@ -1,19 +1,16 @@
 """The committed weights of v3, the switch that samples from them, and pretrained.py, which made them."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import REPOSITORY, SCRIPT_V3, load_script, run_script
-from script_runs import flags, refusal, run
-
-sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
 import feature_extractor as fe
 import pretrained
+from conftest import SCRIPT_V3, load_script, run_script
+from script_runs import files_below, flags, refusal, run
 
 FOLDER = SCRIPT_V3.parent / "pretrained"
 
@@ -40,7 +37,8 @@ def test_committed_weights_make_what_they_are_asked_for(script_v3):
 
 
 def test_sandals_come_without_training_and_data(alone, tmp_path):
-    done = run_script(alone, "--sample-only", "--pretrained", "--class=Sandal", "--num-samples=8", cwd=tmp_path)
+    asked = ["--class=Sandal", "--num-samples=8", "--device=cpu"]
+    done = run_script(alone, "--sample-only", "--pretrained", *asked, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     path = tmp_path / "output" / "pretrained" / "samples" / "samples_Sandal.png"
     assert str(path) in done.stdout and Image.open(path).width > 8 * 28
@@ -48,11 +46,12 @@ def test_sandals_come_without_training_and_data(alone, tmp_path):
     assert written == {"pretrained", "output", SCRIPT_V3.name}
 
 
-def test_pretrained_weights_leave_the_own_run_alone(alone, tmp_path, tiny_data_dir):
-    module, output = load_script(alone), tmp_path / "output"
-    arguments = [f"--data-dir={tiny_data_dir}", "--sample-only", "--pretrained", "--export-samples=10"]
-    assert run(module, arguments) == 0
-    assert [path.name for path in output.iterdir()] == ["pretrained"]
+def test_pretrained_weights_leave_the_own_run_alone(alone, tmp_path, undisturbed_run):
+    module, output = load_script(alone), shutil.copytree(undisturbed_run(SCRIPT_V3), tmp_path / "output")
+    own = {name: (output / name).read_bytes() for name in files_below(output)}
+    assert run(module, ["--sample-only", "--pretrained", "--export-samples=10", "--device=cpu"]) == 0
+    assert {name: (output / name).read_bytes() for name in own} == own
+    assert {name.split("/")[0] for name in files_below(output) - own.keys()} == {"pretrained"}
     with np.load(output / "pretrained" / "samples.npz") as file:
         assert file["arr_0"].shape == (10, 28, 28, 1)
 

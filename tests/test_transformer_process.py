@@ -7,11 +7,13 @@ sqrt(1 - alpha_bar) noise, in any number of steps.
 
 import dataclasses
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 from conftest import REPOSITORY, load_script
+from networks import perturb, without_gradient
 
 MEANS = torch.randn(11, 1, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(1))  # a class each
 
@@ -29,19 +31,12 @@ def alpha_bars(script):
 
 def build_denoiser(script, patch_size=4, perturbation=0.1):
     """A small denoiser with all its weights moved off their initial values, so that what starts at zero takes part."""
-    torch.manual_seed(0)
-    denoiser = script.TransformerDenoiser(patch_size, width=128, depth=2)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            parameter += perturbation * torch.randn_like(parameter)
-    return denoiser
+    return perturb(script.TransformerDenoiser(patch_size, width=128, depth=2), perturbation)
 
 
-def inputs(script, count=5):
+def inputs(script):
     """Images, times and class weights of a call."""
-    generator = torch.Generator().manual_seed(2)
-    images = torch.randn(count, 1, 28, 28, generator=generator)
-    return images, torch.linspace(1, 1000, count).long(), script.class_weights(2 * torch.arange(count))
+    return torch.randn(5, 1, 28, 28), torch.linspace(1, 1000, 5).long(), script.class_weights(2 * torch.arange(5))
 
 
 class ExactDenoiser:
@@ -76,7 +71,7 @@ def test_every_weight_learns_and_every_input_counts(script, patch_size):
     out = denoiser(x, t, classes)
     assert out.shape == x.shape
     out.square().sum().backward()
-    assert [name for name, p in denoiser.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-6] == []
+    assert without_gradient(denoiser) == []
     for changed in ((x.flip(0), t, classes), (x, t.flip(0), classes), (x, t, classes.flip(0))):
         moved = (denoiser(*changed) - out).abs().amax(dim=(1, 2, 3))
         assert moved[torch.arange(5) != 2].min() > 1e-3  # the middle one is its own mirror
@@ -227,7 +222,6 @@ def test_samples_of_an_exact_denoiser_stay_on_the_forward_process(script, alpha_
 
 def test_trajectories_are_those_of_diffusers(script, alpha_bars):
     """The same network, noise and alphas: 25 steps of DDIMScheduler, whose t counts from 0."""
-    diffusers = pytest.importorskip("diffusers")
     steps, config = 25, script.Config(guidance_scale=2.0)
     denoiser, noise = build_denoiser(script), torch.randn(4, 1, 28, 28, dtype=torch.float64)
     classes = script.class_weights(torch.tensor([0, 3, 9, 10]))

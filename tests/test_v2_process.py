@@ -15,12 +15,11 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch.distributions import Laplace, Normal, kl_divergence
 
 from conftest import REPOSITORY, draw_shapes, load_script
-from test_v3_blocks import perturb, without_gradient
+from networks import MEAN, perturb, without_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 
 EIGENVALUES = torch.tensor([0.05, 0.4, 1.5, 4.0], dtype=torch.float64)
-MEAN = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +31,6 @@ def script():
 def alpha_bars(script):
     """At t = 0 ... T, in float64."""
     return script.cosine_alpha_bars()
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 # The schedule, and v
@@ -60,17 +54,6 @@ def test_forward_process_and_v_are_those_of_diffusers(script, alpha_bars):
         (script.v_target(*here), scheduler.get_velocity(x0, noise, t - 1)),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("t", [1, 500, 1000])
-def test_v_noise_and_image_convert_into_each_other(script, alpha_bars, t):
-    x0, noise = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
-    alpha_bar = alpha_bars[t].expand(5)
-    x, v = script.diffuse(x0, noise, alpha_bar), script.v_target(x0, noise, alpha_bar)
-    torch.testing.assert_close(script.x0_of_v(x, v, alpha_bar), x0)
-    a, b = alpha_bars[t].sqrt(), (1 - alpha_bars[t]).sqrt()
-    torch.testing.assert_close(b * x + a * v, noise)
-    torch.testing.assert_close(v, a * noise - b * x0)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 12, 64, 999, 1000])
@@ -394,10 +377,10 @@ def test_latents_are_drawn_anew_at_each_step(script):
     assert all(denoiser == "denoiser" and torch.equal(given, labels) for denoiser, _, (given,) in seen)
     assert torch.equal(draws[0], draws[1])  # deterministic under a generator,
     assert values[0] == values[1]  # which the loss is given too
-    assert (draws[1] != draws[2]).any() and (draws[2] != draws[3]).any()
-    noise = (draws[3] - mean) / std
+    noise = torch.stack([(x0 - mean) / std for x0 in draws[1:]]).flatten(1)
     assert abs(noise.mean()) < 0.02
     assert abs(noise.std() - 1) < 0.02
+    assert (torch.corrcoef(noise) - torch.eye(3)).abs().max() < 0.03
 
 
 # Trajectories

@@ -7,17 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import draw_shapes
+from networks import perturb, without_gradient
 
 LABELS = torch.arange(20) % 10
-
-
-def perturb(module, size=0.1):
-    """Moves every weight off its initial value, so that what starts at zero takes part. Returns the module."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += size * torch.randn(parameter.shape, generator=generator)
-    return module
 
 
 class Networks:
@@ -53,11 +45,6 @@ def submodules(module, kind):
     found = [part for part in module.modules() if isinstance(part, kind)]
     assert found
     return found
-
-
-def without_gradient(module):
-    """Names of the parameters that no gradient has reached."""
-    return [name for name, p in module.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-8]
 
 
 def gradients(module, loss):

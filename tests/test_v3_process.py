@@ -18,10 +18,7 @@ from scipy.integrate import quad
 from scipy.special import expit
 from scipy.stats import norm
 
-EIGENVALUES = torch.tensor([0.25, 0.6, 1.4, 2.5], dtype=torch.float64)
-AXES = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
-COVARIANCE = AXES * EIGENVALUES @ AXES.T
-MEAN = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+from networks import AXES, COVARIANCE, EIGENVALUES, MEAN, affine_map
 
 
 def power_of_covariance(exponent, s=0.0):
@@ -35,14 +32,6 @@ def gaussian_velocity(x, s, mean=MEAN):
     gain = (s - (1 - s) * EIGENVALUES) / ((1 - s) ** 2 * EIGENVALUES + s**2)
     along_axes = (x.flatten(1) - (1 - s) * mean) @ AXES
     return (gain * along_axes @ AXES.T - mean)[:, :, None, None]
-
-
-def affine_map(sampler):
-    """Matrix (4, 4) and offset (4,) of a sampler that is an affine map, from the images of the origin and the axes."""
-    points = torch.cat([torch.zeros(1, 4), torch.eye(4)]).double()
-    ends = sampler(points[:, :, None, None]).flatten(1)
-    assert ends.dtype == torch.float64
-    return (ends[1:] - ends[0]).T, ends[0]
 
 
 def gaussian_sampler(script, steps, sampler):

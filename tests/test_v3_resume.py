@@ -1,7 +1,9 @@
-"""v3 resumes: a run that was interrupted, wherever and however, ends with the same bits as one that was not."""
+"""v3 resumes: a run that was interrupted, however, ends with the same bits as one that was not.
+
+Interruptions at steps of all kinds are tried with every script, in test_every_script.py.
+"""
 
 import csv
-import random
 import shutil
 import signal
 
@@ -10,35 +12,9 @@ import pytest
 import torch
 
 from conftest import SCRIPT_V3, load_script
-from script_runs import (
-    act_at_step,
-    differences,
-    flags,
-    interrupt_at_step,
-    load_without_figures,
-    read,
-    run,
-    steps,
-)
+from script_runs import differences, flags, interrupt_at_step, on_v3, read, run, steps
 
-RANDOM_STEPS = random.Random(2).sample(range(2, 6), 2) + random.Random(3).sample(range(8, 15), 2)  # of 6 and 9
-
-
-@pytest.fixture(scope="module")
-def module():
-    return load_without_figures()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(undisturbed_run):
-    """Output folder of a run that nothing has interrupted. Copy it before you change it."""
-    return undisturbed_run(SCRIPT_V3)
-
-
-@pytest.fixture
-def finished(undisturbed, tmp_path):
-    """A copy of the finished run."""
-    return shutil.copytree(undisturbed, tmp_path / "finished")
+pytestmark = on_v3
 
 
 def interrupted_run(module, arguments, step):
@@ -46,18 +22,6 @@ def interrupted_run(module, arguments, step):
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at_step(patch, module, step)
         return run(module, arguments)
-
-
-# Steps 1 to 6 are the autoencoder's, 7 to 15 the diffusion's; 3 ends an epoch, 6 and 15 a stage.
-@pytest.mark.parametrize("at", [[1], [3], [6], [7], [15], *([step] for step in RANDOM_STEPS), [2, 8]])
-def test_interrupted_run_ends_with_the_same_bits(module, undisturbed, tiny_data_dir, tmp_path, at):
-    arguments, done = flags(module, tmp_path, tiny_data_dir), 0
-    for step in at:
-        assert interrupted_run(module, arguments, step - done) == 130
-        assert sum(steps(tmp_path).values()) == step  # nothing is lost
-        done = step
-    assert run(module, arguments) == 0
-    assert differences(read(undisturbed), read(tmp_path)) == []
 
 
 def test_checkpoints_within_an_epoch_do_not_change_the_bits(module, undisturbed, tiny_data_dir, tmp_path):
@@ -159,22 +123,13 @@ def test_validation_has_a_noise_of_its_own(module):
         assert losses[0] == losses[1] == losses[2]
 
 
-def test_finished_run_trains_nothing_and_draws_again(module, finished, monkeypatch, tiny_data_dir):
-    before, epochs = (finished / "checkpoints" / "last.pt").read_bytes(), []
-    monkeypatch.setattr(module, "train_step", lambda *args: pytest.fail("a step was trained"))
-    monkeypatch.setattr(module, "save_all_figures", lambda *args: epochs.append(args[0].epoch))
-    assert run(module, flags(module, finished, tiny_data_dir)) == 0
-    assert epochs == [3]
-    assert (finished / "checkpoints" / "last.pt").read_bytes() == before
-
-
-def test_finished_run_trains_on_with_more_epochs(module, finished, tiny_data_dir, tmp_path):
-    once = shutil.copytree(finished, tmp_path / "interrupted")
-    before = read(finished)
-    arguments = [flags(module, folder, tiny_data_dir, epochs=5) for folder in (finished, once)]
+def test_finished_run_trains_on_with_more_epochs(module, output, tiny_data_dir, tmp_path):
+    once = shutil.copytree(output, tmp_path / "interrupted")
+    before = read(output)
+    arguments = [flags(module, folder, tiny_data_dir, epochs=5) for folder in (output, once)]
     assert run(module, arguments[0]) == 0
-    after = read(finished)
-    assert steps(finished) == {"autoencoder": 6, "diffusion": 15}
+    after = read(output)
+    assert steps(output) == {"autoencoder": 6, "diffusion": 15}
     assert differences(before["stages"]["autoencoder"], after["stages"]["autoencoder"]) == []
     assert differences(before["history"], after["history"][:5]) == []
     assert [row["epoch"] for row in after["history"]] == [1, 2, 1, 2, 3, 4, 5]
@@ -185,14 +140,14 @@ def test_finished_run_trains_on_with_more_epochs(module, finished, tiny_data_dir
     assert differences(after, read(once)) == []
 
 
-def test_autoencoder_epochs_change_before_the_second_stage_only(module, finished, capsys, tiny_data_dir, tmp_path):
-    before = (finished / "checkpoints" / "last.pt").read_bytes()
-    assert run(module, flags(module, finished, tiny_data_dir, autoencoder_epochs=3)) == 2
+def test_autoencoder_epochs_change_before_the_second_stage_only(module, output, capsys, tiny_data_dir, tmp_path):
+    before = (output / "checkpoints" / "last.pt").read_bytes()
+    assert run(module, flags(module, output, tiny_data_dir, autoencoder_epochs=3)) == 2
     assert "--autoencoder-epochs" in capsys.readouterr().err
-    assert (finished / "checkpoints" / "last.pt").read_bytes() == before
-    assert interrupted_run(module, flags(module, tmp_path, tiny_data_dir), 4) == 130
-    assert run(module, flags(module, tmp_path, tiny_data_dir, autoencoder_epochs=3)) == 0
-    assert steps(tmp_path) == {"autoencoder": 9, "diffusion": 9}
+    assert (output / "checkpoints" / "last.pt").read_bytes() == before
+    assert interrupted_run(module, flags(module, tmp_path / "new", tiny_data_dir), 4) == 130
+    assert run(module, flags(module, tmp_path / "new", tiny_data_dir, autoencoder_epochs=3)) == 0
+    assert steps(tmp_path / "new") == {"autoencoder": 9, "diffusion": 9}
 
 
 def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_path):
@@ -200,7 +155,8 @@ def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_pat
     assert interrupted_run(module, arguments, 5) == 130
     config = read(tmp_path)["config"]
     assert (config["seed"], config["guidance_scale"]) == (7, 2.5)
-    assert run(module, [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--sampler=euler"]) == 0
+    arguments = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
+    assert run(module, [*arguments, "--sampler=euler"]) == 0
     assert read(tmp_path)["config"] == config | {"sampler": "euler"}  # a field that may change has changed
     assert steps(tmp_path) == {"autoencoder": 3, "diffusion": 6}
 
@@ -209,7 +165,8 @@ def test_quick_run_resumes_with_the_flags_it_began_with(module, tiny_data_dir, t
     """--quick is itself a set of flags; on resuming they must not override what the run began with."""
     arguments = flags(module, tmp_path, tiny_data_dir, width=24)
     assert interrupted_run(module, arguments, 8) == 130
-    assert run(module, ["--quick", f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}"]) == 0
+    arguments = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
+    assert run(module, ["--quick", *arguments]) == 0
     assert steps(tmp_path) == {"autoencoder": 6, "diffusion": 9}
 
 
@@ -218,14 +175,4 @@ def test_metrics_are_the_history(undisturbed):
         rows = list(csv.DictReader(file))
     history = read(undisturbed)["history"]
     assert [row["stage"] for row in rows] == ["autoencoder"] * 2 + ["diffusion"] * 3
-    names = ["stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate", "seconds", "images_per_second"]
-    assert list(rows[0]) == names
     assert rows == [{name: str(value) for name, value in row.items()} for row in history]
-
-
-def test_act_at_step_counts_from_one(module, monkeypatch, tiny_data_dir, tmp_path):
-    """The ruler of the tests above."""
-    acted = []
-    act_at_step(monkeypatch, module, 15, lambda: acted.append(1))
-    assert run(module, flags(module, tmp_path, tiny_data_dir)) == 0
-    assert acted == [1]

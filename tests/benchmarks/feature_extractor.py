@@ -14,6 +14,7 @@ The last 5,000 training images are the validation split; the test split is only 
 import argparse
 import gzip
 import hashlib
+import socket
 import struct
 import sys
 import time
@@ -53,6 +54,18 @@ def read_idx(path):
         raise ValueError(f"{path} is not a readable IDX file ({error}); delete it and run again") from error
 
 
+def download(data_dir):
+    """Let torchvision download Fashion-MNIST. Raises OSError or RuntimeError where it cannot."""
+    from torchvision.datasets import FashionMNIST
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets none, and a blocked network would hang
+    try:
+        FashionMNIST(data_dir, download=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
 def load_split(data_dir=DEFAULT_DATA_DIR, train=True):
     """Load a split of Fashion-MNIST: uint8 images (N, 28, 28) and int64 labels (N,), as tensors.
 
@@ -65,10 +78,8 @@ def load_split(data_dir=DEFAULT_DATA_DIR, train=True):
         # The archive comes first: gzip verifies its CRC, whereas an unpacked file may be the remains of a killed run.
         paths = [folder / f"{name}.gz", folder / name]
         if not any(path.exists() for path in paths):
-            from torchvision.datasets import FashionMNIST
-
             try:
-                FashionMNIST(data_dir, download=True)
+                download(data_dir)
             except (OSError, RuntimeError) as error:
                 raise RuntimeError(
                     f"{folder} lacks {name}.gz, and downloading failed ({error}). Put the archives of Fashion-MNIST"
@@ -142,7 +153,7 @@ class FeatureExtractor(nn.Module):
 
 
 @cache
-def load_feature_extractor(path=WEIGHTS_PATH, sha256=WEIGHTS_SHA256):
+def load_feature_extractor(path=WEIGHTS_PATH):
     """Load the frozen network, in evaluation mode, on the CPU.
 
     Raises RuntimeError where the weights are missing or their SHA-256 differs.
@@ -151,10 +162,10 @@ def load_feature_extractor(path=WEIGHTS_PATH, sha256=WEIGHTS_SHA256):
     if not path.is_file():
         raise RuntimeError(f"no feature extractor weights at {path}: check the file out again")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
+    if found != WEIGHTS_SHA256:
         raise RuntimeError(
-            f"{path} has SHA-256 {found}, expected {sha256}: these are not the weights that the published figures were"
-            " measured with; check the file out again"
+            f"{path} has SHA-256 {found}, expected {WEIGHTS_SHA256}: these are not the weights that the published"
+            " figures were measured with; check the file out again"
         )
     model = FeatureExtractor()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -114,7 +114,7 @@ def build_gallery(output, gallery, version, data_dir):
     return sum(path.stat().st_size for path in gallery.iterdir())
 
 
-def main(argv=None, repository=speed.sync_shared.REPOSITORY):
+def main(argv=None, repository=speed.REPOSITORY):
     """Command line. Exits 2 with one line on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", metavar="VERSION", help="for example LatentDiffusionModel/v3")

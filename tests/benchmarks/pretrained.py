@@ -30,20 +30,19 @@ def build_pretrained(script, output, folder):
     Args:
         script: the version's script, imported.
     """
-    try:
+    with speed.calls_of(script):
         checkpoint = script.find_checkpoint(output / "checkpoints", script.Config)
-    except script.ExperimentError as error:
-        raise ValueError(str(error)) from None
     if checkpoint is None:
         raise ValueError(f"{output} holds no checkpoint")
     stages = {name: slim_stage(state) for name, state in checkpoint["stages"].items()}
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir()
     script.save_checkpoint(checkpoint | {"stages": stages}, folder / "checkpoints")
     return sum(path.stat().st_size for path in folder.rglob("*.pt"))
 
 
-def main(argv=None, repository=speed.sync_shared.REPOSITORY):
+def main(argv=None, repository=speed.REPOSITORY):
     """Command line. Exits 2 with one line on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", metavar="VERSION", help="for example LatentDiffusionModel/v3")

@@ -14,9 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib.metadata
-import importlib.util
 import io
-import itertools
 import os
 import platform
 import statistics
@@ -37,7 +35,7 @@ from torchvision.datasets import FashionMNIST
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import feature_extractor as fe
-import sync_shared
+from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 
 WARM_UP = 3  # steps or blocks that are run before the measured ones
 BLOCK = 20  # batches that are timed together in the input pipeline
@@ -46,8 +44,6 @@ SOLE_SAMPLERS = {  # of the versions whose configuration has no choice of sample
     "LatentDiffusionModel/v1": "ddim",
     "LatentDiffusionModel/v2": "dpm-solver++(2m)",
 }
-
-_numbers = itertools.count()
 
 
 class Enough(Exception):
@@ -59,28 +55,13 @@ class Enough(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def version_of(path):
-    """A version's name, such as LatentDiffusionModel/v3, from the path of its script."""
-    return "/".join(path.parts[-3:-1])
-
-
-def find_versions(wanted=(), repository=sync_shared.REPOSITORY):
+def find_versions(wanted=(), repository=REPOSITORY):
     """Map the versions in ``wanted``, or all that there are, to their scripts; ValueError names one that is not."""
-    found = {version_of(path): path for path in sync_shared.find_scripts(repository)}
+    found = {version_of(path): path for path in find_scripts(repository)}
     for version in wanted:
         if version not in found:
             raise ValueError(f"there is no version {version!r}; there are {', '.join(found)}")
     return {version: found[version] for version in wanted or found}
-
-
-def load_script(path):
-    """Import a script under a module name that is new each time: it may be changed without harm to another import."""
-    name = f"measured_{path.parent.name}_{next(_numbers)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def epoch_fields(config_class):
@@ -101,9 +82,29 @@ def script_flags(args):
 
 @contextlib.contextmanager
 def quiet():
-    """Nothing that is printed within is seen."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    """Nothing that is printed within is seen. Yields the stream that receives it."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
+        yield printed
+
+
+@contextlib.contextmanager
+def calls_of(script):
+    """Calls of a script's functions print their warnings and no more; what would end its run becomes a ValueError."""
+    try:
+        with quiet() as printed:
+            yield
+    except script.ExperimentError as error:
+        raise ValueError(" ".join(str(error).splitlines())) from None
+    for line in printed.getvalue().splitlines():
+        if line.startswith("warning"):
+            print(line, file=sys.stderr)
+
+
+def pick_device(scripts, name):
+    """The device that the scripts of {version: script} know as ``name``; ValueError where it cannot be used."""
+    script = load_script(next(iter(scripts.values())))
+    with calls_of(script):
+        return script.pick_device(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def quiet():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def hardware(device="cpu"):
+def hardware(device):
     """The accelerator's name, or the processor's and its number of cores."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -239,7 +240,7 @@ def measure_training(path, flags, repeats, rivals=None):
             raise Enough
 
     script.train = train
-    with tempfile.TemporaryDirectory() as folder, quiet(), contextlib.suppress(Enough):
+    with tempfile.TemporaryDirectory() as folder, calls_of(script), contextlib.suppress(Enough):
         script.main([*flags, "--output-dir", folder])
     return measured
 
@@ -313,7 +314,7 @@ def make_untrained(path, flags, folder):
 
     script.train = train
     once = epoch_flags(dict.fromkeys(epoch_fields(script.Config), 1))
-    with quiet(), contextlib.suppress(Enough):
+    with calls_of(script), contextlib.suppress(Enough):
         script.main([*flags, "--output-dir", str(folder), "--train-images", "64", *once])
 
 
@@ -327,7 +328,7 @@ class Sampler:
 
     def __init__(self, path, output, device):
         self.script, self.rows, self.count = load_script(path), 0, 0
-        with quiet():
+        with calls_of(self.script):
             self.models = self.script.load_trained(Path(output), device)
         networks = [part for part in self.models if isinstance(part, torch.nn.Module)]
         self.parameters = sum(parameter.numel() for network in networks for parameter in network.parameters())
@@ -340,7 +341,7 @@ class Sampler:
     def seconds(self, count):
         """Seconds that ``count`` images take, decoded, without writing them to a file."""
         self.count += count
-        with tempfile.TemporaryDirectory() as folder, quiet():
+        with tempfile.TemporaryDirectory() as folder, calls_of(self.script):
             self.script.export_samples(self.models, count, Path(folder))
         return self.times[-1]
 
@@ -366,7 +367,7 @@ def measure_figures(path, flags, folder, repeats, device):
     times = stopwatch(script, ["draw_trajectories", "save_trajectories"], device)
     for _ in range(1 + repeats):
         times.clear()
-        with quiet():
+        with calls_of(script):
             script.main([*flags, "--output-dir", str(folder), "--sample-only"])
         totals.append(sum(times))
     return totals[1:]
@@ -428,7 +429,8 @@ class SmallDiffusion:
         device: where to train and sample.
 
     ``step(images)`` takes a step of training on float images (B, 1, 28, 28) in [-1, 1]; ``sample(count)`` draws from
-    the averaged weights, which ``weights`` and ``load`` get and set. The other peers have the same methods.
+    the averaged weights. The other peers have the same methods, those that time_to_quality.py trains also ``weights``
+    and ``load``, which get and set the averaged weights.
     """
 
     sampler = "its own, 20 steps, gam 1.6"
@@ -703,6 +705,7 @@ def main(argv=None):
         sys.stdout.reconfigure(line_buffering=True)
     try:
         versions = find_versions(args.versions)
+        pick_device(versions, args.device)
         missing = [name for name in PEERS if not installed(name)] if args.peers else []
         if missing:
             print(f"not installed: {', '.join(missing)} (requirements.txt beside this file)", file=sys.stderr)

@@ -351,12 +351,12 @@ def run_all(args, versions, folder):
         yield run_peer(name, None if name == "smalldiffusion" else parameters, args, folder / name)
 
 
-def main(argv=None, repository=speed.sync_shared.REPOSITORY):
+def main(argv=None, repository=speed.REPOSITORY):
     """Command line. Exits 2 with one line on bad input."""
     args, points = parse_command_line(argv), []
     try:
         versions = speed.find_versions(args.versions, repository)
-        device = speed.load_script(next(iter(versions.values()))).pick_device(args.device)
+        device = speed.pick_device(versions, args.device)
         args.device = str(device)
         reference = quality.load_reference(args.data_dir)
         floor = score_floor(args.samples, args.data_dir, reference)
