@@ -318,3 +318,9 @@ def test_samples_depend_on_seed_and_label_and_not_on_the_chunk(script_v3, models
     relabelled = script_v3.generate_samples(models, (labels + 1) % 10)
     for others in (script_v3.generate_samples(reseeded, labels), samples.roll(1, 0), relabelled):
         assert ((samples.int() - others.int()).abs().float().mean(dim=(1, 2, 3)) > 1).all()
+
+
+def test_a_run_without_a_complete_epoch_has_no_loss_curves_and_all_other_figures(script_v3, models, data, tmp_path):
+    script_v3.save_all_figures(models._replace(history=[]), data, tmp_path)
+    assert not (tmp_path / "loss_curves.png").exists()
+    assert (tmp_path / "samples" / "samples_epoch_0.png").is_file()
