@@ -166,7 +166,9 @@ def test_a_sampler_that_is_not_known_is_not_guessed(untrained_v3, monkeypatch):
     assert sampler.description() == "?, 9 steps"
     monkeypatch.setitem(speed.SOLE_SAMPLERS, "LatentDiffusionModel/v3", "ddim")
     assert sampler.description() == "ddim, 9 steps"
-    sampler.models = sampler.models._replace(config=SimpleNamespace(sampler="ancestral", sampling_steps=50))
+    sampler.models = sampler.models._replace(config=SimpleNamespace(sampling_steps=9, eta=0.5))
+    assert sampler.description() == "ddim, 9 steps, eta 0.5"
+    sampler.models = sampler.models._replace(config=SimpleNamespace(sampler="ancestral", sampling_steps=50, eta=0.5))
     assert sampler.description() == "ancestral"
 
 

@@ -63,7 +63,7 @@ OUTPUTS = (
     "denoise_with_diffusion_path",
 )  # fmt: skip
 QUICK = {"train_images": 1280, "epochs": 2, "width": 16, "blocks": 2, "sampling_steps": 10}  # --quick
-RECIPES = {"cpu": {"epochs": 15}, "gpu": {"epochs": 200}}
+RECIPES = {"cpu": {"epochs": 14}, "gpu": {"epochs": 200}}
 
 
 def option(default, help: str, low=None, high=None, *, multiple=None, choices: tuple = (), resume: str = "match"):
@@ -86,8 +86,8 @@ class Config:
     train_images: int = option(55_000, "training images used, from the first on", 10, 55_000)
     checkpoint_minutes: float = option(3.0, "minutes between checkpoints within an epoch", 0.0, 1e4, resume="keep")
     # the diffusion
-    epochs: int = option(0, "epochs (0: 15 on a CPU, else 200)", 0, 100_000, resume="keep")
-    batch_size: int = option(32, "images a step", 1, 4096)
+    epochs: int = option(0, "epochs (0: 14 on a CPU, else 200)", 0, 100_000, resume="keep")
+    batch_size: int = option(16, "images a step", 1, 4096)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(48, "channels at 14x14; twice as many at 7x7", 8, 512, multiple=8)
     blocks: int = option(4, "residual blocks at 7x7", 1, 100)
@@ -95,7 +95,7 @@ class Config:
     # samples and figures
     sampler: str = option("ddim", "DDIM, or DDPM's own in 1000 steps", choices=("ddim", "ancestral"), resume="keep")
     sampling_steps: int = option(60, "steps of DDIM", 1, 1000, resume="keep")
-    eta: float = option(0.0, "fresh noise of DDIM's steps: 0 none, 1 as much as DDPM's", 0.0, 1.0, resume="keep")
+    eta: float = option(0.5, "fresh noise of DDIM's steps: 0 none, 1 as much as DDPM's", 0.0, 1.0, resume="keep")
     variance: str = option("small", "of the ancestral steps", choices=("small", "large"), resume="keep")
     sampling_seed: int = option(0, "seed of the noise that samples start from", 0, 2**31 - 1, resume="local")
     figures_every: int = option(50, "epochs between full sets of figures", 1, 100_000, resume="keep")
@@ -346,7 +346,7 @@ class ConvolutionalDenoiser(nn.Module):
         self.first_block = ConditionedBlock(width, width, embedding_dim)
         self.downsample = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(ConditionedBlock(2 * width, 2 * width, embedding_dim) for _ in range(blocks))
-        self.upsample = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.upsample = nn.Conv2d(2 * width, 4 * width, 1)  # of 2x2 shuffled channels: sub-pixel convolution
         self.last_block = ConditionedBlock(width, width, embedding_dim)
         self.head = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), zero_init(nn.Conv2d(width, 4, 3, padding=1)))
 
@@ -358,7 +358,7 @@ class ConvolutionalDenoiser(nn.Module):
         coarse = self.downsample(fine)  # (B, 2W, 7, 7)
         for block in self.blocks:
             coarse = block(coarse, embedding)
-        fine = fine + self.upsample(F.interpolate(coarse, scale_factor=2, mode="nearest"))
+        fine = fine + F.pixel_shuffle(self.upsample(coarse), 2)
         fine = self.last_block(fine, embedding)
         return noise_of_output(x, F.pixel_shuffle(self.head(fine), 2).float(), t)
 
@@ -710,7 +710,7 @@ def move_aside(folder: Path, names: tuple[str, ...]) -> None:
 def learning_rate_factor(step: int, total_steps: int) -> float:
     """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps.
 
-    A finished run that is given more epochs follows the longer plan, so goes back to the constant part.
+    A finished run that is given more epochs follows the longer plan, so learns faster again at first.
     """
     return max(0.0, min(1.0, (step + 1) / 100, (total_steps - step) / (0.4 * total_steps + 1)))
 
@@ -1106,7 +1106,7 @@ def save_samplers(models: TrainedModels, output: Path) -> None:
     """The same noises through DDIM in few steps and many, and through the ancestral sampler with both variances."""
     noise, rows, grid = models.noise(10), [], []
     for steps in (5, 10, 20, 50, 100):
-        rows.append(f"DDIM, {steps} steps")
+        rows.append(f"DDIM, eta 0, {steps} steps")
         grid.append(sample(models.denoiser, noise, deterministic(models.config), steps)[-1])
     for variance in ("small", "large"):
         rows.append(f"ancestral, {variance} variance")

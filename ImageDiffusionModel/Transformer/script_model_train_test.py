@@ -99,7 +99,7 @@ class Config:
     ema_decay: float = option(0.998, "decay of the averaged weights a step", 0.0, 0.999999)
     # samples and figures
     sampling_steps: int = option(15, "steps of DDIM", 1, 1000, resume="keep")
-    eta: float = option(0.0, "fresh noise of DDIM: 0 is none, 1 as much as ancestral sampling", 0.0, 1.0, resume="keep")
+    eta: float = option(0.0, "fresh noise of DDIM's steps: 0 none, 1 as much as DDPM's", 0.0, 1.0, resume="keep")
     guidance_scale: float = option(1.75, "0: unconditional, 1: conditional, above: guided", 0.0, 20.0, resume="keep")
     sampling_seed: int = option(0, "seed of the noise that samples start from", 0, 2**31 - 1, resume="local")
     figures_every: int = option(50, "epochs between full sets of figures", 1, 100_000, resume="keep")
@@ -745,7 +745,7 @@ def move_aside(folder: Path, names: tuple[str, ...]) -> None:
 def learning_rate_factor(step: int, total_steps: int) -> float:
     """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps.
 
-    A finished run that is given more epochs follows the longer plan, so goes back to the constant part.
+    A finished run that is given more epochs follows the longer plan, so learns faster again at first.
     """
     return max(0.0, min(1.0, (step + 1) / 100, (total_steps - step) / (0.4 * total_steps + 1)))
 

@@ -752,7 +752,7 @@ def move_aside(folder: Path, names: tuple[str, ...]) -> None:
 def learning_rate_factor(step: int, total_steps: int) -> float:
     """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps.
 
-    A finished run that is given more epochs follows the longer plan, so goes back to the constant part.
+    A finished run that is given more epochs follows the longer plan, so learns faster again at first.
     """
     return max(0.0, min(1.0, (step + 1) / 100, (total_steps - step) / (0.4 * total_steps + 1)))
 

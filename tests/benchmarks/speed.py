@@ -350,12 +350,13 @@ class Sampler:
         return self.rows / self.count
 
     def description(self):
-        """Sampler, steps and guidance in words."""
+        """Sampler, steps, fresh noise and guidance in words."""
         config = self.models.config
         name = getattr(config, "sampler", None) or SOLE_SAMPLERS.get(self.script.VERSION, "?")
         steps = "" if name == "ancestral" else f", {config.sampling_steps} steps"  # it takes all there are
-        guidance = getattr(config, "guidance_scale", None)
-        return name + steps + ("" if guidance is None else f", guidance {guidance:g}")
+        eta = f", eta {config.eta:g}" if name == "ddim" and hasattr(config, "eta") else ""
+        guidance = f", guidance {config.guidance_scale:g}" if hasattr(config, "guidance_scale") else ""
+        return name + steps + eta + guidance
 
 
 def measure_figures(path, flags, folder, repeats, device):
