@@ -1,299 +1,156 @@
 """Latent diffusion on Fashion-MNIST, without classes: a KL autoencoder, and DDPM on its latents.
 
-Stage 1 trains a variational autoencoder that turns a 28x28 image into a Gaussian over small latents; stage 2 trains a
-UNet to denoise such latents, by predicting the noise on the linear schedule of DDPM. Sampling takes a few steps of DDIM
-and decodes the result. A figure shows beside it what the autoencoder's own prior decodes to: why stage 2 is worth it.
+Stage 1 trains a variational autoencoder that turns a 28x28 image into a Gaussian over small
+latents; stage 2 trains a UNet to denoise such latents, by predicting the noise on the linear
+schedule of DDPM. Sampling takes a few steps of DDIM and decodes the result. A figure shows beside
+it what the autoencoder's own prior decodes to: why stage 2 is worth it.
 
-    python script_model_train_test.py                    train (or resume), then write every figure to output/
-    python script_model_train_test.py --quick            the whole pipeline, tiny, into output/quick/
+    python script_model_train_test.py            train (or resume), then write figures to output/
+    python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
     python script_model_train_test.py --sample-only --num-samples 16
     python script_model_train_test.py --sample-only --export-samples 10000
 
-Papers: variational autoencoders (Kingma & Welling 2014, arXiv 1312.6114); latent diffusion (Rombach et al. 2022,
-2112.10752); DDPM (Ho et al. 2020, 2006.11239); DDIM (Song et al. 2021, 2010.02502).
+Papers: variational autoencoders (Kingma & Welling 2014, arXiv 1312.6114); latent diffusion (Rombach
+et al. 2022, 2112.10752); DDPM (Ho et al. 2020, 2006.11239); DDIM (Song et al. 2021, 2010.02502).
 """
 
-import argparse
-import contextlib
-import copy
-import csv
+from __future__ import annotations
+
 import dataclasses
-import hashlib
-import io
 import math
-import os
-import re
-import shutil
-import signal
-import socket
-import sys
-import time
-import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 
-import matplotlib
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.datasets import FashionMNIST
-from torchvision.utils import make_grid
-from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, two runs on one output folder are not told apart
-    fcntl = None
-
-# =====================================================================================================================
-# Config
-# =====================================================================================================================
 
 VERSION = "LatentDiffusionModel/v1"
-OUTPUTS = (
-    "checkpoints", "metrics.csv", "loss_curves.png", "samples*", "reconstruction", "latent_space", "interpolation",
-    "diffusion_animation", "denoise_with_diffusion_path", "prior",
-)  # fmt: skip
-QUICK = {"train_images": 1280, "autoencoder_epochs": 1, "epochs": 2, "autoencoder_width": 8, "width": 16}  # --quick
-RECIPES = {"cpu": {"autoencoder_epochs": 2, "epochs": 11}, "gpu": {"autoencoder_epochs": 20, "epochs": 200}}
+CONDITIONAL = False
 
 
-def option(default, help: str, low=None, high=None, *, multiple=None, choices: tuple = (), resume: str = "match"):
-    """A field of `Config`. `resume` says what a run that resumes does with it: "match", the value must be that of the
-    checkpoint; "keep", it is the checkpoint's unless the flag is given; "local", checkpoints do not hold it."""
-    metadata = {"help": help, "low": low, "high": high, "multiple": multiple, "choices": choices, "resume": resume}
-    return dataclasses.field(default=default, metadata=metadata)
+def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=None, choices=(),
+           resume="match"):  # fmt: skip
+    """A setting: its value on a CPU, on a GPU and with --quick (None: as on a CPU), its limits, and
+    what a resumed run does: `match` the checkpoint, `keep` its value by default, or ask anew."""
+    return dataclasses.field(default=cpu, metadata=dict(locals()))
 
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of the experiment; each field is also a flag. The defaults reproduce the published result."""
+    """The settings of this experiment; the harness adds those that all versions have."""
 
-    # where and how to run
-    output_dir: str = option("", "folder for all that a run writes (empty: output/ beside the script)", resume="local")
-    data_dir: str = option("", "torchvision's root (empty: data/ of the repository, or beside)", resume="local")
-    device: str = option("auto", "cpu, cuda, cuda:N or mps (auto: the best there is)", resume="local")
-    compile: bool = option(False, "torch.compile the models in training", resume="local")
-    seed: int = option(0, "seed of training", 0, 2**31 - 1)
-    train_images: int = option(55_000, "training images used, from the first on", 10, 55_000)
-    checkpoint_minutes: float = option(3.0, "minutes between checkpoints within an epoch", 0.0, 1e4, resume="keep")
     # stage 1: the autoencoder
-    autoencoder_epochs: int = option(0, "epochs of stage 1 (0: 2 on a CPU, else 20)", 0, 10_000, resume="keep")
+    autoencoder_epochs: int = option(2, "epochs", 1, 10_000, gpu=20, quick=1, resume="keep")
     autoencoder_batch_size: int = option(32, "images a step", 1, 4096)
     autoencoder_learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
-    autoencoder_width: int = option(32, "channels at 14x14; twice as many at 7x7", 8, 512, multiple=8)
+    autoencoder_width: int = option(32, "channels at 14x14", 8, 512, multiple=8, quick=8)
     latent_channels: int = option(4, "channels of the 7x7 latent", 1, 64)
-    kl_weight: float = option(0.1, "weight of the KL divergence in the ELBO, which has 1", 0.0, 100.0)
+    kl_weight: float = option(0.1, "weight of the KL divergence, in the ELBO 1", 0.0, 100.0)
     # stage 2: the diffusion
-    epochs: int = option(0, "epochs of stage 2 (0: 11 on a CPU, else 200)", 0, 100_000, resume="keep")
+    epochs: int = option(11, "epochs of stage 2", 1, 100_000, gpu=200, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
-    width: int = option(64, "channels of the UNet at 7x7; twice as many at 4x4", 8, 512, multiple=8)
+    width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
     ema_decay: float = option(0.998, "decay of the averaged weights a step", 0.0, 0.999999)
-    # samples and figures
+    # samples
     sampling_steps: int = option(36, "steps of DDIM", 1, 1000, resume="keep")
-    eta: float = option(1.0, "fresh noise of DDIM's steps: 0 none, 1 as much as DDPM's", 0.0, 1.0, resume="keep")
-    sampling_seed: int = option(0, "seed of the noise that samples start from", 0, 2**31 - 1, resume="local")
-    figures_every: int = option(50, "epochs of stage 2 between full sets of figures", 1, 100_000, resume="keep")
+    eta: float = option(1.0, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
 
 
-def with_recipe(config: Config, device: torch.device) -> Config:
-    """Fills in the fields that were left to the device: those that are 0 and in its recipe."""
-    recipe = RECIPES["cpu" if device.type == "cpu" else "gpu"]
-    return dataclasses.replace(config, **{name: getattr(config, name) or value for name, value in recipe.items()})
+# ==================================================================================================
+# The process: DDPM. t is 0 at the data and T at the noise.
+# Names that are not defined here, such as Rng, Models or Fresh, are the harness's, below.
+# ==================================================================================================
+
+TIMESTEPS = 1000  # T; t = 0 is data
 
 
-class ExperimentError(Exception):
-    """What ends a run with one line and the exit status `status`: 2 for bad input, 128 + n for signal n."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message)
-        self.status = status
-
-
-class CommandLine(argparse.ArgumentParser):
-    """A parser with a flag for each field of a configuration, and with errors of one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {' '.join(message.split())} (--help describes every flag)\n")
-
-    def add_config(self, config_class: type) -> None:
-        """A flag that is not given leaves no attribute behind."""
-        for field in dataclasses.fields(config_class):
-            rules, name = field.metadata, field.name.replace("_", "-")
-            limits = "" if rules["low"] is None else f", {rules['low']:.10g} to {rules['high']:.10g}"
-            limits += "" if rules["multiple"] is None else f", a multiple of {rules['multiple']}"
-            text = f"{rules['help']} ({field.type.__name__}{limits}; default: {field.default!r})".replace("%", "%%")
-            parse = bounded(field.type, rules["low"], rules["high"], rules["multiple"])
-            kind = {"type": parse, "metavar": field.type.__name__.upper()}
-            if rules["choices"]:
-                kind = {"choices": rules["choices"]}
-            if field.type is bool:
-                kind = {"action": argparse.BooleanOptionalAction}
-            self.add_argument(f"--{name}", dest=field.name, default=argparse.SUPPRESS, help=text, **kind)
+def linear_alpha_bars() -> Tensor:
+    """alpha_bar at t = 0 ... T, (T + 1,) float64: the cumulated product of 1 - beta_t, with beta_t
+    from 1e-4 to 0.02 in equal steps (Ho et al. 2020, Sec. 4)."""
+    betas = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
+    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, dim=0)])
 
 
-def bounded(kind: type, low, high, multiple=None) -> Callable[[str], object]:
-    """Returns the function that turns a flag's text into a `kind` from low to high (None: any)."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-        if low is not None and not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in the range {low:.10g} to {high:.10g}")
-        if multiple is not None and value % multiple:
-            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}")
-        return value
-
-    return parse
+def diffuse(x0: Tensor, noise: Tensor, alpha_bar: Tensor | float) -> Tensor:
+    """The forward process, x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020,
+    Eq. 4). alpha_bar is a number or (B, 1, 1, 1)."""
+    return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise
 
 
-def stored_fields(config_class: type, *resume: str) -> list[str]:
-    """Names of the fields whose `resume` is one of those given."""
-    return [field.name for field in dataclasses.fields(config_class) if field.metadata["resume"] in resume]
+def noise_prediction_loss(denoiser: nn.Module, x0: Tensor, rng: Rng) -> Tensor:
+    """Mean squared error of the noise for x0 (B, C, H, W), t uniform on 1 ... T (Ho et al. 2020,
+    Eq. 14)."""
+    t = rng.randint(1, TIMESTEPS + 1, len(x0))  # (B,)
+    noise = rng.randn(*x0.shape)
+    alpha_bar = denoiser.alpha_bars[t].view(-1, 1, 1, 1)
+    return F.mse_loss(denoiser(diffuse(x0, noise, alpha_bar), t), noise)
 
 
-def settle_config(config_class: type, defaults: dict, given: dict, checkpoint: dict | None):
-    """The `config_class` of this run: the flags `given`, else the checkpoint's values, else the defaults.
+def x0_of_noise(x: Tensor, noise: Tensor, alpha_bar: Tensor | float) -> Tensor:
+    """x_0 = (x_t - sqrt(1 - alpha_bar) noise) / sqrt(alpha_bar), Ho et al. 2020, Eq. 4 for x_0."""
+    return (x - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
 
-    Raises ExperimentError that names the fields in which the flags contradict the checkpoint.
+
+def ddim(
+    predict: Callable[[Tensor, int], tuple[Tensor, Tensor]], noise: Tensor, alpha_bars: list[float],
+    eta: float = 0.0, fresh: Fresh | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """DDIM (Song et al. 2021, Eq. 12 and 16): yields the states, noise first, and their guesses.
+
+    Args:
+        predict: (x, i) to x_0 and the noise as the model sees them in the state x at alpha_bars[i].
+        noise: the state at alpha_bars[0], (B, C, H, W).
+        alpha_bars: rising, one more than there are steps; the last one may be 1, which is data.
+        eta: 0 is deterministic; 1 adds as much `fresh` noise per step as ancestral sampling does.
     """
-    stored = checkpoint["config"] if checkpoint else {}
-    names = [n for n in stored_fields(config_class, "match") if n in given and given[n] != stored.get(n, given[n])]
-    if names:
-        clashes = ", ".join(f"{name} is {stored[name]!r} there and {given[name]!r} here" for name in names)
-        raise ExperimentError(
-            f"the checkpoint was trained with another configuration: {clashes}. Leave these flags out to go on with "
-            "it, choose another --output-dir, or start over with --fresh"
-        )
-    return config_class(**defaults | stored | given)
+    x = noise
+    for i, (a, a_next) in enumerate(zip(alpha_bars, alpha_bars[1:])):
+        x0, epsilon = predict(x, i)
+        yield x, x0
+        sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+        x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * epsilon
+        if sigma > 0:
+            x = x + sigma * fresh()
+    yield x, x
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA, else MPS, else the CPU. Raises ExperimentError if it cannot be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ExperimentError(f"device {name!r} is none of auto, cpu, cuda, cuda:N, mps")
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ExperimentError(f"cannot use device {name!r}: {str(error).splitlines()[0][:150]}") from None
-    torch.set_float32_matmul_precision("high")  # TF32 where there is
-    device = torch.device(name)
-    if device.index is not None:  # what asks or seeds "the" GPU must mean this one
-        torch.cuda.set_device(device)
-    return device
+def sampling_times(steps: int) -> list[int]:
+    """steps + 1 times from T to 0, as evenly spaced as whole numbers can be."""
+    times = torch.linspace(TIMESTEPS, 0, steps + 1, dtype=torch.float64)
+    return times.round().int().tolist()
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the hardware multiplies it natively: CUDA since Ampere, CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = getattr(torch.cpu, "get_capabilities", dict)()  # old releases cannot tell: float32
-        native = device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+def sample(
+    models: Models, noise: Tensor, classes: Tensor, steps: int = 0, fresh: Fresh | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """States and guesses from noise (B, C, 7, 7) to latents."""
+    config, denoiser = models.config, models.diffusion
+    times = sampling_times(steps or config.sampling_steps)
+    alpha_bars = linear_alpha_bars()[times].tolist()
+
+    def predict(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        epsilon = denoiser(x, torch.full((len(x),), times[i], device=x.device))
+        return x0_of_noise(x, epsilon, alpha_bars[i]), epsilon
+
+    return ddim(predict, noise, alpha_bars, config.eta if fresh else 0.0, fresh)
 
 
-def derived_seed(*parts) -> int:
-    """A 63-bit seed: the same for the same parts, independent for others."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+# ==================================================================================================
+# The networks
+# ==================================================================================================
 
 
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds the global generators of the CPU and of `device`: torch.manual_seed, which takes milliseconds, in less."""
-    torch.default_generator.manual_seed(seed)
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).manual_seed(seed)
-
-
-# =====================================================================================================================
-# Data
-# =====================================================================================================================
-
-CLASS_NAMES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
-RAW_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
-
-class Data(NamedTuple):
-    """Images (N, 1, 28, 28) uint8 and labels (N,) int64, resident on the device. The test split is not read."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    validation_images: Tensor
-    validation_labels: Tensor
-
-
-def find_data_dir(config: Config) -> Path:
-    """config.data_dir, or else data/ at the root of the repository, or beside the script where it stands alone."""
-    folder = Path(__file__).resolve().parent
-    root = next((parent for parent in folder.parents if (parent / "LatentDiffusionModel").is_dir()), folder)
-    return Path(config.data_dir or root / "data")
-
-
-def is_whole(path: Path) -> bool:
-    """Whether an unpacked idx file has the size that its header says."""
-    with open(path, "rb") as file:
-        start = file.read(16)
-    header = np.frombuffer(start.ljust(16, b"\0"), ">i4")
-    shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]))
-    return shape is not None and path.stat().st_size == 4 + 4 * len(shape) + int(np.prod(shape, dtype=np.int64))
-
-
-def load_fashion_mnist(data_dir: Path, train_images: int, device: torch.device) -> Data:
-    """Reads Fashion-MNIST, at the first use downloads it. The last twelfth of the training images is for validation.
-
-    Raises ExperimentError that names the archives, the folder they belong in and where they come from.
-    """
-    raw = data_dir / "FashionMNIST" / "raw"
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    socket.setdefaulttimeout(60)  # torchvision sets none, and an unplugged network would hang the run
-    try:
-        for path in [raw / name for name in RAW_FILES]:
-            if path.exists() and not is_whole(path):  # a kill while unpacking; torchvision looks at the name only
-                print(f"warning: {path} is damaged, unpacking it again")
-                path.unlink()
-        with bars:  # torchvision's, which are no plain lines
-            dataset = FashionMNIST(data_dir, train=True, download=True)
-    except (RuntimeError, OSError, HTTPException) as error:
-        raise ExperimentError(
-            f"cannot read Fashion-MNIST ({' '.join(str(error).split())[:300]}). Without a network, put "
-            f"{', '.join(name + '.gz' for name in RAW_FILES)} from github.com/zalandoresearch/fashion-mnist into {raw}"
-        ) from None
-    images, labels = dataset.data[:, None].to(device), dataset.targets.to(device)
-    split = len(images) - len(images) // 12
-    kept = min(train_images, split)
-    return Data(images[:kept], labels[:kept], images[split:], labels[split:])
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 in 0..255 to float32 in [-1, 1], any shape."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """The inverse of `to_float`, clamped."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-# =====================================================================================================================
-# Model
-# =====================================================================================================================
+def zero_init(layer: nn.Module) -> nn.Module:
+    """The same layer with its weight and bias at zero: a residual branch that starts as nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ResidualBlock(nn.Module):
@@ -311,19 +168,12 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
-def zero_init(layer: nn.Module) -> nn.Module:
-    """The same layer with its weight and bias at zero: a residual branch that starts as nothing."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class VariationalAutoencoder(nn.Module):
     """28x28 images to Gaussians over latents of `latent_channels` x 7 x 7, and latents to images.
 
-    `posterior` speaks of the latents as they are trained, close to N(0, 1) where the KL term asks for it. `encode`,
-    `encode_posterior` and `decode` speak of standardised latents: each channel has mean 0 and variance 1 over the
-    training set once `set_statistics` has been called.
+    `posterior` speaks of the latents as they are trained, close to N(0, 1) where the KL term asks
+    for it. `encode`, `standardise` and `decode` speak of standardised latents: each channel has
+    mean 0 and variance 1 over the training set once `set_statistics` has been called.
     """
 
     def __init__(self, latent_channels: int, width: int):
@@ -355,61 +205,67 @@ class VariationalAutoencoder(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(1, latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(1, latent_channels, 1, 1))
 
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def gaussian(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 1, 28, 28) in [-1, 1] to mean and log-variance (B, C, 7, 7) of q(z | x)."""
         mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
         return mean, log_variance.clamp(-20, 10)
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Images to their reconstructions from z ~ q(z | x), and to q's mean and log-variance."""
-        mean, log_variance = self.posterior(images)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return self.decoder(mean + torch.exp(log_variance / 2) * noise).float(), mean, log_variance
+    def posterior(self, images: Tensor) -> Tensor:
+        """Images to mean and standard deviation of q(z | x), one after the other: (B, 2C, 7, 7)."""
+        mean, log_variance = self.gaussian(images)
+        return torch.cat([mean, torch.exp(log_variance / 2)], dim=1)
 
-    def encode_posterior(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] to the standardised posterior's mean and standard deviation, (B, 2C, 7, 7)."""
-        mean, log_variance = self.posterior(images)
-        std = torch.exp(log_variance / 2)
-        return torch.cat([(mean - self.latent_mean) / self.latent_std, std / self.latent_std], dim=1)
+    def standardise(self, posteriors: Tensor) -> Tensor:
+        """Posteriors (B, 2C, 7, 7) to those of standardised latents."""
+        mean, std = posteriors.chunk(2, dim=1)
+        return torch.cat(
+            [(mean - self.latent_mean) / self.latent_std, std / self.latent_std], dim=1
+        )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 1, 28, 28) in [-1, 1] to the means of their standardised posteriors, (B, C, 7, 7)."""
-        return self.encode_posterior(images).chunk(2, dim=1)[0]
+        """Images (B, 1, 28, 28) in [-1, 1] to standardised latents (B, C, 7, 7), their means."""
+        return self.standardise(self.posterior(images)).chunk(2, dim=1)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Standardised latents (B, C, 7, 7) to images (B, 1, 28, 28), about [-1, 1]."""
         return self.decoder(latents * self.latent_std + self.latent_mean).float()
 
     def set_statistics(self, posteriors: Tensor) -> None:
-        """Sets the channels' statistics of latents drawn from `posteriors` (N, 2C, 7, 7), not standardised yet."""
+        """Takes each channel's statistics from those of latents drawn from posteriors (N, 2C, 7,
+        7)."""
         mean, std = posteriors.chunk(2, dim=1)
         self.latent_mean.copy_(mean.mean(dim=(0, 2, 3), keepdim=True))
-        variance = mean.var(dim=(0, 2, 3), keepdim=True) + std.square().mean(dim=(0, 2, 3), keepdim=True)
-        self.latent_std.copy_(variance.sqrt())
+        inner = std.square().mean(dim=(0, 2, 3), keepdim=True)
+        self.latent_std.copy_((mean.var(dim=(0, 2, 3), keepdim=True) + inner).sqrt())
 
 
 def negative_elbo(
-    autoencoder: VariationalAutoencoder, images: Tensor, generator: torch.Generator | None = None, *, kl_weight: float
+    autoencoder: VariationalAutoencoder, images: Tensor, rng: Rng, *, kl_weight: float
 ) -> Tensor:
-    """-log p(x | z) + kl_weight KL(q(z | x) || N(0, 1)), nats a pixel, for uint8 images (B, 1, 28, 28).
+    """-log p(x | z) + kl_weight KL(q(z | x) || N(0, 1)) in nats per pixel, for images (B, 1, 28,
+    28) in [-1, 1]: Kingma & Welling 2014, Eq. 7 with one z per image.
 
-    Kingma & Welling 2014, Eq. 7 with one z an image; the likelihood is a Laplace distribution's, whose scale is learnt.
-    A kl_weight other than 1 makes it a beta-VAE (Higgins et al. 2017, Eq. 4).
+    The likelihood is a Laplace distribution's, whose scale is learnt. A kl_weight other than 1
+    makes it a beta-VAE (Higgins et al. 2017, Eq. 4).
     """
-    x, log_scale = to_float(images), autoencoder.log_scale
-    y, mean, log_variance = autoencoder(x, generator)
-    nll = ((x - y).abs() / log_scale.exp() + log_scale + math.log(2)).sum(dim=(1, 2, 3)).mean()
-    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()  # App. B
-    return (nll + kl_weight * kl) / x[0].numel()
+    mean, log_variance = autoencoder.gaussian(images)
+    z = mean + torch.exp(log_variance / 2) * rng.randn(*mean.shape)
+    error = (images - autoencoder.decoder(z).float()).abs()
+    log_scale = autoencoder.log_scale
+    nll = (error / log_scale.exp() + log_scale + math.log(2)).sum(dim=(1, 2, 3)).mean()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)  # App. B
+    return (nll + kl_weight * kl.sum(dim=(1, 2, 3)).mean()) / images[0].numel()
 
 
 def active_units(means: Tensor) -> float:
-    """Share of the latents' units whose posterior means (N, ...) have a variance over 0.01 (Burda et al. 2016, 5.2)."""
+    """Share of the latents' units whose posterior means (N, ...) have a variance over 0.01 (Burda
+    et al. 2016, Sec. 5.2)."""
     return (means.flatten(1).var(dim=0) > 0.01).float().mean().item()
 
 
 class ConditionedBlock(nn.Module):
-    """Residual block with scale-shift conditioning (Dhariwal & Nichol 2021, AdaGN). Its branch starts as nothing."""
+    """Residual block with scale-shift conditioning (Dhariwal & Nichol 2021, AdaGN). Its branch
+    starts as nothing."""
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int):
         super().__init__()
@@ -418,7 +274,8 @@ class ConditionedBlock(nn.Module):
         self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(8, out_channels, affine=False)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
@@ -428,10 +285,19 @@ class ConditionedBlock(nn.Module):
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of t (B,) at `dim` / 2 frequencies from 1 down towards 1/10000: (B, dim)."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = t[:, None].float() * frequencies
+    """Sines and cosines of t (B,) in 0..1000, at `dim` / 2 frequencies down to 1/10000."""
+    exponents = torch.arange(dim // 2, device=t.device) / (dim // 2)
+    angles = t[:, None].float() * torch.exp(-math.log(10_000) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def noise_of_output(x: Tensor, output: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The noise in x_t, sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) output.
+
+    Near T the state is its noise: with this shortcut a network need not copy it. The output's
+    target is the v of Salimans & Ho 2022, App. D, but the loss stays that of the noise.
+    """
+    return diffuse(output, x, alpha_bar)
 
 
 class UnconditionalLatentUNet(nn.Module):
@@ -441,9 +307,8 @@ class UnconditionalLatentUNet(nn.Module):
         super().__init__()
         embedding_dim = 4 * width
         self.time_dim = 2 * width
-        self.time = nn.Sequential(
-            nn.Linear(self.time_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
-        )
+        first, second = nn.Linear(2 * width, embedding_dim), nn.Linear(embedding_dim, embedding_dim)
+        self.time = nn.Sequential(first, nn.SiLU(), second)
         self.stem = nn.Conv2d(latent_channels, width, 3, padding=1)
         self.down_block = ConditionedBlock(width, width, embedding_dim)
         self.downsample = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
@@ -452,9 +317,9 @@ class UnconditionalLatentUNet(nn.Module):
         self.middle_block3 = ConditionedBlock(4 * width, 2 * width, embedding_dim)
         self.upsample = nn.Conv2d(2 * width, width, 3, padding=1)
         self.up_block = ConditionedBlock(2 * width, width, embedding_dim)
-        self.head = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), zero_init(nn.Conv2d(width, latent_channels, 3, padding=1))
-        )
+        last = zero_init(nn.Conv2d(width, latent_channels, 3, padding=1))
+        self.head = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), last)
+        self.register_buffer("alpha_bars", linear_alpha_bars().float(), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Noisy latents (B, C, 7, 7) and t (B,) in 1..1000 to their noise (B, C, 7, 7)."""
@@ -465,218 +330,537 @@ class UnconditionalLatentUNet(nn.Module):
         h = self.middle_block3(torch.cat([h, skip4], dim=1), embedding)
         h = self.upsample(F.interpolate(h, size=x.shape[2:], mode="nearest"))  # (B, W, 7, 7)
         h = self.up_block(torch.cat([h, skip7], dim=1), embedding)
-        return noise_of_output(x, self.head(h).float(), t)
+        return noise_of_output(x, self.head(h).float(), self.alpha_bars[t].view(-1, 1, 1, 1))
 
 
-# =====================================================================================================================
-# Diffusion
-# =====================================================================================================================
+# ==================================================================================================
+# The two stages
+# ==================================================================================================
 
 
-TIMESTEPS = 1000  # T; t = 0 is data
+def state_shape(config: Config) -> tuple[int, int, int]:
+    """The shape of a latent."""
+    return config.latent_channels, 7, 7
 
 
-def linear_alpha_bars() -> Tensor:
-    """alpha_bar at t = 0 ... T, (T + 1,) float64: the cumulated product of 1 - beta_t, with beta_t from 1e-4 to 0.02
-    in equal steps (Ho et al. 2020, Sec. 4)."""
-    betas = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
-    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, dim=0)])
+def build_networks(config: Config) -> dict[str, nn.Module]:
+    """What each stage trains."""
+    autoencoder = VariationalAutoencoder(config.latent_channels, config.autoencoder_width)
+    denoiser = UnconditionalLatentUNet(config.latent_channels, config.width)
+    return {"autoencoder": autoencoder, "diffusion": denoiser}
 
 
-def diffuse(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The forward process: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, Eq. 4), alpha_bar
-    (B,)."""
-    alpha_bar = alpha_bar.view(-1, *[1] * (x0.dim() - 1))
-    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+def draw_latents(posteriors: Tensor, rng: Rng) -> Tensor:
+    """Latents (B, C, 7, 7) from posteriors (B, 2C, 7, 7), means and standard deviations."""
+    mean, std = posteriors.chunk(2, dim=1)
+    return mean + std * rng.randn(*mean.shape)
 
 
-def noise_of_output(x: Tensor, output: Tensor, t: Tensor) -> Tensor:
-    """The noise in x_t, sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) output, t (B,) in 1 ... T.
+def train_stages(run: Run, models: Models, data: Data) -> None:
+    """Trains the autoencoder, then the diffusion on the posteriors of the averaged autoencoder."""
+    config, autoencoder = run.config, models.autoencoder
+    run.train(
+        "autoencoder",
+        partial(negative_elbo, kl_weight=config.kl_weight),
+        (data.train_images,),
+        (data.validation_images,),
+        epochs=config.autoencoder_epochs,
+        batch_size=config.autoencoder_batch_size,
+        learning_rate=config.autoencoder_learning_rate,
+        after_epoch=partial(save_reconstructions, models, data, run.output),
+    )
+    posteriors = in_chunks(autoencoder.posterior, data.train_images)
+    held_out = in_chunks(autoencoder.posterior, data.validation_images)
+    if not run.begun("diffusion"):  # the diffusion's noise has variance 1, so must its data
+        autoencoder.set_statistics(posteriors)
+    active = active_units(posteriors.chunk(2, dim=1)[0])
+    print(f"autoencoder: {active:.0%} of the latents are active")
 
-    Near T the state is its noise: with this shortcut a network need not copy it. The output's target is the v of
-    Salimans & Ho 2022, App. D, but the loss stays that of the noise.
-    """
-    alpha_bar = linear_alpha_bars().float().to(x.device)[t]
-    return diffuse(output, x, alpha_bar)
+    def loss(denoiser: nn.Module, posteriors: Tensor, rng: Rng) -> Tensor:
+        return noise_prediction_loss(denoiser, draw_latents(posteriors, rng), rng)
 
-
-def x0_of_noise(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_0 = (x_t - sqrt(1 - alpha_bar) noise) / sqrt(alpha_bar), Ho et al. 2020, Eq. 4 for x_0, alpha_bar (B,)."""
-    alpha_bar = alpha_bar.view(-1, *[1] * (x.dim() - 1))
-    return (x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
-
-
-def noise_prediction_loss(denoiser: nn.Module, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Mean squared error of the noise for x0 (B, C, H, W), t uniform on 1 ... T (Ho et al. 2020, Eq. 14)."""
-    t = torch.randint(1, TIMESTEPS + 1, (len(x0),), generator=generator, device=x0.device)
-    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-    alpha_bar = linear_alpha_bars().float().to(x0.device)[t]
-    return F.mse_loss(denoiser(diffuse(x0, noise, alpha_bar), t), noise)
-
-
-def on_posteriors(loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes a loss of latents one of posteriors (B, 2C, 7, 7), from which latents are drawn anew at each call."""
-
-    def loss(denoiser: nn.Module, posteriors: Tensor, *labels: Tensor, generator: torch.Generator | None = None):
-        mean, std = posteriors.chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return loss_fn(denoiser, mean + std * noise, *labels, generator=generator)
-
-    return loss
-
-
-def ddim(
-    predict: Callable[[Tensor, int], tuple[Tensor, Tensor]], noise: Tensor, alpha_bars: list[float], eta: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """DDIM (Song et al. 2021, Eq. 12 and 16).
-
-    Args:
-        predict: x_0 and the noise as the model sees them in the state x at alpha_bars[i], as a function of (x, i).
-        noise: the state at alpha_bars[0].
-        alpha_bars: S + 1 of them, rising; the last one may be 1, which is data.
-        eta: 0 is deterministic; 1 adds as much fresh noise a step as ancestral sampling does.
-        generator: of the fresh noise, on the CPU.
-
-    Returns the S + 1 states, the noise first.
-    """
-    states = [noise]
-    for i, (a, a_next) in enumerate(zip(alpha_bars, alpha_bars[1:])):
-        x0, predicted = predict(states[-1], i)
-        sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
-        state = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * predicted
-        if sigma > 0:
-            state = state + sigma * torch.randn(state.shape, generator=generator, dtype=state.dtype).to(state.device)
-        states.append(state)
-    return states
+    run.train(
+        "diffusion",
+        loss,
+        (autoencoder.standardise(posteriors),),
+        (autoencoder.standardise(held_out),),
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+    )
 
 
-def fresh_noise(noise: Tensor) -> torch.Generator:
-    """The generator of a stochastic sampler that starts from `noise`: the same for the same, another for another."""
-    return torch.Generator().manual_seed(derived_seed("fresh noise", noise.flatten()[:8].tolist()))
+def embed(models: Models, images: Tensor) -> Tensor:
+    """Images (B, 1, 28, 28) in [-1, 1] to standardised latents (B, C, 7, 7)."""
+    return models.autoencoder.encode(images)
 
 
-def sampling_times(steps: int) -> list[int]:
-    """steps + 1 times from T to 0, as evenly spaced as whole numbers can be."""
-    return torch.linspace(TIMESTEPS, 0, steps + 1, dtype=torch.float64).round().int().tolist()
+def decode(models: Models, states: Tensor) -> Tensor:
+    """Standardised latents (B, C, 7, 7) to images (B, 1, 28, 28), about [-1, 1]."""
+    return models.autoencoder.decode(states)
 
 
-@torch.inference_mode()
-def sample(denoiser: nn.Module, noise: Tensor, config: Config, steps: int = 0) -> list[Tensor]:
-    """The states from `noise` (B, C, 7, 7) at t=1000 to latents at t=0."""
-    times = sampling_times(steps or config.sampling_steps)
-    alpha_bars = linear_alpha_bars()[times]
-
-    def predict(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        predicted = denoiser(x, torch.full((len(x),), times[i], device=x.device))
-        return x0_of_noise(x, predicted, alpha_bars[i].to(x)), predicted
-
-    with autocast(noise.device):
-        return ddim(predict, noise, alpha_bars.tolist(), config.eta, fresh_noise(noise))
+# ==================================================================================================
+# Its figures
+# ==================================================================================================
 
 
-@torch.inference_mode()
-def decode_images(autoencoder: nn.Module, latents: Tensor, chunk: int = 500) -> Tensor:
-    """Standardised latents (N, C, 7, 7) to uint8 images (N, 1, 28, 28)."""
-    with autocast(latents.device):
-        return torch.cat([to_uint8(autoencoder.decode(part)) for part in latents.split(chunk)])
-
-
-@torch.no_grad()
-def encode_images(autoencoder: nn.Module, images: Tensor, chunk: int = 500) -> Tensor:
-    """uint8 images (N, 1, 28, 28) to standardised latents (N, C, 7, 7)."""
-    with autocast(images.device):
-        return torch.cat([autoencoder.encode(to_float(part)) for part in images.split(chunk)])
-
-
-@torch.no_grad()
-def encode_posteriors(autoencoder: nn.Module, images: Tensor, chunk: int = 500) -> Tensor:
-    """uint8 images (N, 1, 28, 28) to means and standard deviations of standardised latents (N, 2C, 7, 7)."""
-    with autocast(images.device):
-        return torch.cat([autoencoder.encode_posterior(to_float(part)) for part in images.split(chunk)])
-
-
-class TrainedModels(NamedTuple):
-    """The averaged models in evaluation mode, ready to sample from, and the configuration that says how."""
-
-    autoencoder: VariationalAutoencoder
-    denoiser: UnconditionalLatentUNet
-    config: Config
-    history: list[dict]  # a row an epoch, as in metrics.csv
-
-    @classmethod
-    def of_stages(cls, stages: list["Stage"], config: Config, history: list[dict]) -> "TrainedModels":
-        """The models that `build_stages` made."""
-        autoencoder, diffusion = stages
-        return cls(autoencoder.ema.module, diffusion.ema.module, config, history)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
-
-    @property
-    def epoch(self) -> int:
-        """Complete epochs of the diffusion stage."""
-        return sum(row["stage"] == "diffusion" for row in self.history)
-
-    def noise(self, count: int) -> Tensor:
-        """The noise (count, C, 7, 7) that samples start from."""
-        shape = (count, self.config.latent_channels, 7, 7)
-        return seeded_noise(shape, self.config.sampling_seed, self.device)
-
-    def decode(self, states: Tensor) -> Tensor:
-        """States (..., C, 7, 7) of the process to uint8 images (..., 1, 28, 28)."""
-        return decode_images(self.autoencoder, states.flatten(0, -4)).unflatten(0, states.shape[:-3])
-
-
-def seeded_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Standard normal noise from the sampling seed: the same on every device."""
-    generator = torch.Generator().manual_seed(derived_seed("sampling", seed))
-    return torch.randn(shape, generator=generator).to(device)
-
-
-def generate_samples(models: TrainedModels, count: int, chunk: int = 500) -> Tensor:
-    """Generates images.
-
-    Args:
-        models: from `load_trained`; their configuration's steps, sampler and sampling seed say how.
-        count: N, the number of images.
-        chunk: images at a time; with a deterministic sampler the result does not depend on it but for rounding.
-
-    Returns: uint8 (N, 1, 28, 28).
-    """
-    images = []
-    for noise in models.noise(count).split(chunk):
-        images.append(models.decode(sample(models.denoiser, noise, models.config)[-1]))
-    return torch.cat(images)
-
-
-class Trajectories(NamedTuple):
-    """Trajectories of the deterministic sampler as figures show them, and the forward process beside them."""
-
-    states: Tensor  # (S + 1, N, ...), the model's, from noise to data
-    noised: Tensor  # (S + 1, N, ...), the forward process from the same data to the same noise
-    captions: list[str]  # S + 1 of them, from noise to data
-
-
-def draw_trajectories(models: TrainedModels, count: int, steps: int) -> Trajectories:
-    """`count` trajectories of latents, in `steps` steps."""
-    noise, times = models.noise(count), sampling_times(steps)
-    states = torch.stack(sample(models.denoiser, noise, dataclasses.replace(models.config, eta=0.0), steps))
-    alpha_bars = linear_alpha_bars()[times[::-1]].float().to(models.device)
+def draw_trajectories(models: Models, noise: Tensor, classes: Tensor, steps: int) -> Trajectories:
+    """Trajectories of latents in `steps` steps, one for each noise, and the way out beside them."""
+    states, guesses = trajectory(models, noise, classes, steps)
+    times = sampling_times(steps)
+    alpha_bars = linear_alpha_bars()[times].tolist()
     noised = torch.stack([diffuse(states[-1], noise, alpha_bar) for alpha_bar in alpha_bars])
-    return Trajectories(states, noised, [f"t = {t}" for t in times])
+    return Trajectories(states, guesses, noised, [f"t = {t}" for t in times])
 
 
-# =====================================================================================================================
-# Checkpoints
-# =====================================================================================================================
+def save_own_figures(models: Models, data: Data, output: Path) -> None:
+    """Reconstructions, latent space, interpolations, and what the autoencoder's prior decodes
+    to."""
+    save_reconstructions(models, data, output)
+    save_latent_space(models, data, output)
+    save_noise_interpolation(models, output)
+    save_prior(models, data, output)
 
-CHECKPOINT_FORMAT = 1
+
+def save_reconstructions(models: Models, data: Data, output: Path, epoch: int = 0) -> None:
+    """Two validation images of each class, what the autoencoder makes of them, and the error."""
+    labels = data.validation_labels
+    chosen = [torch.nonzero(labels == label)[:2, 0] for label in range(len(CLASS_NAMES))]
+    real = data.validation_images[torch.stack(chosen, dim=1).flatten()]
+    made = decode_images(models, embed_images(models, real))
+    error = (real.int() - made.int()).abs()
+    shown = real, made, (2 * error).clamp(max=255).to(torch.uint8)
+    grid = torch.stack([part.unflatten(0, (2, -1)) for part in shown], dim=1).flatten(0, 1)
+    title = f"Reconstructions of {len(real)} validation images: mean absolute error "
+    title += f"{error.float().mean() / 255:.3f} of 1"
+    names = [name.replace(" ", "\n").replace("/", "/\n") for name in CLASS_NAMES]
+    rows = ["image", "reconstruction", "error x 2"] * 2
+    file = f"reconstruction_epoch_{epoch}.png" if epoch else "reconstruction.png"
+    save_grid(output / "reconstruction" / file, grid, rows, names, title)
+
+
+def save_latent_space(models: Models, data: Data, output: Path) -> None:
+    """t-SNE of the latents of 1,000 validation images, from their first 30 principal components."""
+    points = embed_images(models, data.validation_images[:1000]).flatten(1).cpu().numpy()
+    points = PCA(n_components=min(30, *points.shape), random_state=0).fit_transform(points)
+    perplexity = min(30, len(points) // 4)
+    plane = TSNE(perplexity=perplexity, max_iter=500, random_state=0).fit_transform(points)
+    figure = Figure(figsize=(7, 5.5))
+    axes = figure.add_axes((0, 0, 0.8, 1))
+    scatter_classes(axes, plane, data.validation_labels[:1000].cpu().numpy())
+    title = f"t-SNE of the latents of {len(points)} validation images"
+    axes.set(title=title, xticks=[], yticks=[])
+    save_figure(figure, output / "latent_space" / f"latent_space_epoch_{models.epoch}.png")
+
+
+def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Spherical interpolation from a to b, both (C, H, W), at weight (K,) in 0..1: (K, C, H, W)
+    (Shoemake 1985)."""
+    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    weight = weight.view(-1, 1, 1, 1)
+    return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
+
+
+def save_noise_interpolation(models: Models, output: Path) -> None:
+    """From the noise of ten samples to that of the next ten, which are of the same classes."""
+    weight, noise = (
+        torch.linspace(0, 1, 9, device=models.device),
+        noise_of_samples(models, range(20))(),
+    )
+    arcs = torch.cat([slerp(a, b, weight) for a, b in zip(noise[:10], noise[10:])])
+    classes = class_weights(labels_in_turn(10, models.device)).repeat_interleave(9, dim=0)
+    images = decode_images(models, last_state(models, arcs, classes)).unflatten(0, (-1, 9))
+    rows, columns = list(CLASS_NAMES) if CONDITIONAL else [], [f"{w:g}" for w in weight.tolist()]
+    path = output / "interpolation" / f"noises_epoch_{models.epoch}.png"
+    save_grid(path, images, rows, columns, "From one noise to another (spherical)")
+
+
+def gaussian_of_posteriors(posteriors: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gaussian that has mean and covariance of latents drawn from posteriors (N, 2C, H, W).
+
+    Returns its mean (D,) and a matrix A (D, D) with A A^T its covariance, D = CHW, in float64 on
+    the CPU. A comes from the covariance's eigenvectors, so that there may be fewer latents than
+    dimensions.
+    """
+    means, stds = (part.flatten(1).cpu().double() for part in posteriors.chunk(2, dim=1))  # (N, D)
+    covariance = torch.cov(means.T, correction=0) + torch.diag(stds.square().mean(dim=0))
+    variances, axes = torch.linalg.eigh(covariance)
+    return means.mean(dim=0), axes * variances.clamp(min=0).sqrt()
+
+
+def save_prior(models: Models, data: Data, output: Path) -> None:
+    """Images decoded from three distributions of latents: the autoencoder's prior, a Gaussian
+    fitted to the training set's, and the diffusion. They share their noise."""
+    noise, autoencoder = noise_of_samples(models, range(36))(), models.autoencoder
+    posteriors = in_chunks(autoencoder.posterior, data.train_images[:10_000])
+    mean, factor = gaussian_of_posteriors(autoencoder.standardise(posteriors))
+    fitted = mean + noise.flatten(1).cpu().double() @ factor.T
+    latents = {
+        "the autoencoder's prior, N(0, I)": (noise - autoencoder.latent_mean)
+        / autoencoder.latent_std,
+        "a Gaussian fitted to the latents": fitted.to(noise.device, noise.dtype).view(noise.shape),
+        "the diffusion": last_state(
+            models, noise, class_weights(labels_in_turn(36, models.device))
+        ),
+    }
+    figure = Figure(figsize=(12.6, 4.1))
+    panels = figure.subplots(1, 3, gridspec_kw={"wspace": 0.06})
+    for axes, (title, states) in zip(panels, latents.items()):
+        draw_grid(axes, decode_images(models, states.unflatten(0, (6, 6))), [], [])
+        axes.set_title(title, fontsize=12)
+    save_figure(figure, output / "prior" / f"prior_epoch_{models.epoch}.png")
+
+
+# ============ THE HARNESS: from this line to the end, the six scripts are the same ================
+#
+# A library that each script carries along. It takes these from the experiment above:
+#
+#   VERSION, CONDITIONAL   "family/version", and whether its samples have classes
+#   option(...), Config    a setting; and the experiment's own, `epochs` and `ema_decay` among them
+#   state_shape(config)    the shape of one state of the process: of an image or of a latent
+#   build_networks(config) {stage: network}; "diffusion" is the one that samples come from
+#   train_stages(run, models, data)                  calls `run.train(stage, ...)` for each stage
+#   sample(models, noise, classes, steps, fresh)     yields (state, guess of x_0), noise to data;
+#                          steps=0 is as many as set; without `fresh` noise it is deterministic
+#   draw_trajectories(models, noise, classes, steps) `Trajectories`, as the figures show them
+#   embed(models, images)  images in [-1, 1] to the space of the states
+#   decode(models, states) back to images
+#   save_own_figures(models, data, output)           the figures that only this experiment has
+#
+# It offers `Run.train`, `Rng`, `Models`, `Data`, labels, noise, sampling in chunks, and figures. In
+# shapes, B is a batch, N all there are, S steps, C channels; `classes` are class weights (B, 11).
+# ==================================================================================================
+
+import argparse
+import collections
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.datasets import FashionMNIST
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two runs on one output folder are not told apart there
+    fcntl = None
+
+# --- Settings and command line --------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Settings(Config):
+    """Every setting of a run, each of them also a flag: the experiment's, and these."""
+
+    output_dir: str = option("", "folder for all that a run writes", resume="local")
+    data_dir: str = option("", "torchvision's root (empty: data/ here)", resume="local")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps; auto: the best", resume="local")
+    compile: bool = option(False, "torch.compile the networks in training", resume="local")
+    seed: int = option(0, "seed of training", 0, 2**31 - 1)
+    train_images: int = option(55_000, "training images, from the first on", 10, 55_000, quick=1280)
+    checkpoint_minutes: float = option(3.0, "between saves in an epoch", 0.0, 1e4, resume="keep")
+    figures_every: int = option(50, "epochs between full figures", 1, 100_000, resume="keep")
+    sampling_seed: int = option(0, "seed of the samples' noise", 0, 2**31 - 1, resume="local")
+
+    def __post_init__(self):
+        """Raises ExperimentError if a value is out of its limits."""
+        for field in dataclasses.fields(self):
+            rules, value = field.metadata, getattr(self, field.name)
+            low, high, unit = rules["low"], rules["high"], rules["multiple"] or 1
+            outside = low is not None and not low <= value <= high
+            odd = unit > 1 and value % unit > 0
+            if outside or odd or (rules["choices"] and value not in rules["choices"]):
+                flag = f"--{field.name.replace('_', '-')}"
+                raise ExperimentError(f"{flag}: {value!r} is not {allowed_values(rules)}")
+
+
+def allowed_values(rules: Mapping) -> str:
+    """The limits of a setting in words, from the metadata that `option` gave it."""
+    if rules["choices"]:
+        return f"one of {', '.join(rules['choices'])}"
+    words = "" if rules["low"] is None else f"{rules['low']:.10g} to {rules['high']:.10g}"
+    return words + (f", a multiple of {rules['multiple']}" if rules["multiple"] else "")
+
+
+class ExperimentError(Exception):
+    """What ends a run with one line and an exit status: 2 for bad input, 128 + n for signal n."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {' '.join(message.split())} (--help describes every flag)\n")
+
+
+def class_label(text: str) -> int:
+    """The label of a class given by name ("T-shirt/top", "ankle-boot"), in any punctuation."""
+    titles = [*CLASS_NAMES, "no class"]
+    names = [re.sub("[^a-z]", "", name.lower()) for name in (*titles, text)]
+    if names[-1] not in names[:-1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(titles)}")
+    return names.index(names[-1])
+
+
+def parse_command_line(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
+    """Returns the settings that were given, and what is asked for once."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = CommandLine(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    for flag, text in {
+        "--fresh": "start over; the old run moves to OUTPUT_DIR/old_runs (switch)",
+        "--sample-only": "no training: all figures, or the samples asked for (switch)",
+        "--quick": "the whole pipeline, tiny, into output/quick (switch)",
+        "--pretrained": "with --sample-only: from the weights in pretrained/ (switch)",
+    }.items():
+        parser.add_argument(flag, help=text, action="store_true")
+    text = "write N samples to OUTPUT_DIR/samples.npz (default: none)"
+    parser.add_argument("--export-samples", type=int, metavar="N", help=text)
+    text = "with --sample-only: a PNG of N samples (default: 16)"
+    parser.add_argument("--num-samples", type=int, metavar="N", help=text)
+    text = "with --sample-only: a PNG of this class, or of 'no class' (default: all in turn)"
+    parser.add_argument("--class", dest="label", type=class_label, metavar="NAME", help=text)
+    for field in dataclasses.fields(Settings):
+        rules, kind = field.metadata, type(field.default)
+        text = "; ".join(filter(None, [allowed_values(rules), f"default: {field.default!r}"]))
+        text += "" if rules["gpu"] is None else f", on a GPU {rules['gpu']!r}"
+        text += "" if rules["quick"] is None else f", with --quick {rules['quick']!r}"
+        text = f"{rules['help']} ({text})".replace("%", "%%")
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        flag, name = f"--{field.name.replace('_', '-')}", field.name
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
+    request = parser.parse_args(argv)
+    if not request.sample_only and (request.num_samples or request.label is not None):
+        parser.error("--class and --num-samples go with --sample-only")
+    if request.sample_only and request.fresh:
+        parser.error("--fresh starts a training, --sample-only has none")
+    if request.pretrained and (request.quick or not request.sample_only):
+        parser.error("--pretrained goes with --sample-only, and not with --quick")
+    if request.label is not None and not CONDITIONAL:
+        parser.error(f"--class: {VERSION} has no classes")
+    for count in (request.export_samples, request.num_samples):
+        if count is not None and not 1 <= count <= 10**6:
+            parser.error(f"--export-samples and --num-samples: {count} is not 1 to 1000000")
+    names = [field.name for field in dataclasses.fields(Settings)]
+    given = {name: getattr(request, name) for name in names if hasattr(request, name)}
+    Settings(**given)  # checks them
+    return given, request
+
+
+def default_settings(device: torch.device, quick: bool = False) -> dict:
+    """The value of each setting on this device, or with --quick."""
+    settings = {}
+    for field in dataclasses.fields(Settings):
+        large, tiny = field.metadata["gpu"], field.metadata["quick"]
+        value = field.default if device.type == "cpu" or large is None else large
+        settings[field.name] = tiny if quick and tiny is not None else value
+    return settings
+
+
+def stored_settings(*resume: str) -> set[str]:
+    """Names of the settings whose `resume` is one of those given."""
+    fields = dataclasses.fields(Settings)
+    return {field.name for field in fields if field.metadata["resume"] in resume}
+
+
+def settle(defaults: dict, given: dict, checkpoint: dict | None) -> Settings:
+    """The settings of this run: the flags `given`, else the checkpoint's values, else the defaults.
+
+    Raises ExperimentError that names the settings in which the flags contradict the checkpoint.
+    """
+    stored = checkpoint["config"] if checkpoint else {}
+    names = stored_settings("match") & given.keys() & stored.keys()
+    names = [name for name in given if name in names and given[name] != stored[name]]
+    if names:
+        clashes = [f"{name} is {stored[name]!r} there and {given[name]!r} here" for name in names]
+        raise ExperimentError(
+            f"the checkpoint was trained with other settings: {', '.join(clashes)}. Leave these "
+            "flags out to go on, choose another --output-dir, or start over with --fresh"
+        )
+    return Settings(**defaults | stored | given)
+
+
+# --- Devices and random numbers -------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA, else MPS, else the CPU. Raises ExperimentError."""
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ExperimentError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:150]
+        raise ExperimentError(f"cannot use device {name!r}: {reason}") from None
+    torch.set_float32_matmul_precision("high")  # TF32 where there is
+    device = torch.device(name)
+    if device.index is not None:  # what asks for "the" GPU must mean this one
+        torch.cuda.set_device(device)
+    return device
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where hardware multiplies it: CUDA since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # old releases cannot tell: float32
+        native = device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(native))
+
+
+def derived_seed(*parts) -> int:
+    """A 63-bit seed: the same for the same parts, independent for others."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+class Rng:
+    """The random numbers of a batch: a loss draws from here alone, never from global generators.
+
+    Args:
+        seed: what they depend on, and on `source`.
+        device: where they are wanted.
+        source: where they are drawn; if None, there. The CPU's are the same on every device.
+    """
+
+    def __init__(self, seed: int, device: torch.device, source: torch.device | None = None):
+        generator = torch.Generator(source or device).manual_seed(seed)
+        self.device, self.how = device, {"generator": generator, "device": generator.device}
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal numbers; the first axis is always the batch's."""
+        return torch.randn(shape, **self.how).to(self.device)
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1)."""
+        return torch.rand(shape, **self.how).to(self.device)
+
+    def randint(self, low: int, high: int, *shape: int) -> Tensor:
+        """Whole numbers from low to high - 1."""
+        return torch.randint(low, high, shape, **self.how).to(self.device)
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+    "Ankle boot",
+)  # fmt: skip
+NULL_CLASS = len(CLASS_NAMES)  # the label that means "no class"
+RAW_FILES = (
+    "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)  # fmt: skip
+
+
+class Data(NamedTuple):
+    """Images (N, 1, 28, 28) uint8 and labels (N,) int64, on the device; no test images."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    validation_images: Tensor
+    validation_labels: Tensor
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an unpacked idx file has the size that its header says."""
+    with open(path, "rb") as file:
+        header = np.frombuffer(file.read(16).ljust(16, b"\0"), ">i4")
+    shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]), np.array([-1]))
+    return path.stat().st_size == 4 + 4 * len(shape) + int(np.prod(shape, dtype=np.int64))
+
+
+def load_fashion_mnist(config: Settings, device: torch.device) -> Data:
+    """Reads Fashion-MNIST, downloads it at first. The last twelfth of the training images is for
+    validation. Raises ExperimentError that names the archives, their folder, their source."""
+    here = Path(__file__).resolve().parent
+    roots = [folder for folder in here.parents if (folder / "LatentDiffusionModel").is_dir()]
+    folder = Path(config.data_dir or [*roots, here][0] / "data").expanduser()
+    raw = folder / "FashionMNIST" / "raw"
+    bars = contextlib.redirect_stderr(io.StringIO())  # torchvision's, which are no plain lines
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else bars
+    socket.setdefaulttimeout(60)  # torchvision sets none: an unplugged network would hang the run
+    try:
+        for path in [raw / name for name in RAW_FILES]:
+            if path.exists() and not is_whole(path):  # torchvision looks at the name only
+                print(f"warning: {path} is damaged, unpacking it again")
+                path.unlink()
+        with bars:
+            dataset = FashionMNIST(folder, train=True, download=True)
+    except (RuntimeError, OSError, HTTPException) as error:
+        raise ExperimentError(
+            f"cannot read Fashion-MNIST ({' '.join(str(error).split())[:300]}). Without a network, "
+            f"put {', '.join(name + '.gz' for name in RAW_FILES)} "
+            f"from github.com/zalandoresearch/fashion-mnist into {raw}"
+        ) from None
+    images, labels = dataset.data[:, None].to(device), dataset.targets.to(device)
+    split = len(images) - len(images) // 12
+    kept = min(config.train_images, split)
+    return Data(images[:kept], labels[:kept], images[split:], labels[split:])
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0..255 to float32 in [-1, 1], any shape; what is no uint8 stays as it is."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """The inverse of `to_float`, clamped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def class_weights(labels: Tensor) -> Tensor:
+    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11)."""
+    return F.one_hot(labels, NULL_CLASS + 1).float()
+
+
+def labels_in_turn(count: int, device: torch.device) -> Tensor:
+    """The labels (count,) of samples 0, 1, ...: i mod 10; without classes, NULL_CLASS."""
+    labels = torch.arange(count, device=device) % len(CLASS_NAMES)
+    return labels if CONDITIONAL else torch.full_like(labels, NULL_CLASS)
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+CHECKPOINT = {"format": 1, "version": VERSION, "torch": str(torch.__version__)}
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file that is never seen half written. A failure (OSError) leaves what was there."""
+    """Writes a file that is never seen half written. An OSError leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -690,14 +874,13 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 def save_checkpoint(content: dict, folder: Path) -> None:
-    """Makes `content` last.pt, and what was last.pt previous.pt. At every moment one of the two is whole."""
-    buffer = io.BytesIO()
+    """Makes `content` last.pt, and the one before previous.pt. One is whole at any moment."""
+    buffer, last = io.BytesIO(), folder / "last.pt"
     torch.save(content, buffer)
-    folder.mkdir(exist_ok=True)
     write_atomically(folder / "new.pt", buffer.getbuffer())
-    if (folder / "last.pt").exists():
-        os.replace(folder / "last.pt", folder / "previous.pt")
-    os.replace(folder / "new.pt", folder / "last.pt")
+    if last.exists():
+        os.replace(last, folder / "previous.pt")
+    os.replace(folder / "new.pt", last)
     if os.name == "posix":  # the renames must reach the disk too
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -707,27 +890,32 @@ def save_checkpoint(content: dict, folder: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Reads one file to the CPU, executing nothing. Raises ValueError if its content is damaged in any way."""
+    """Reads a file to the CPU, executing nothing. Raises ValueError if it is damaged in any way."""
     file = io.BytesIO(path.read_bytes())
     try:
         with zipfile.ZipFile(file) as archive:  # torch.load skips the CRCs
-            if archive.testzip() is not None or any(entry.external_attr for entry in archive.infolist()):
-                raise ValueError("a checksum or an attribute is wrong")  # as a folder an entry would read as nothing
+            # an entry that is marked as a folder would read as nothing
+            marked = any(entry.external_attr for entry in archive.infolist())
+            if marked or archive.testzip() is not None:
+                raise ValueError("a checksum or an attribute is wrong")
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not {"format", "version"} <= content.keys():
             raise ValueError("it is no checkpoint")
         return content
     except Exception as error:  # arbitrary bytes provoke arbitrary errors
-        raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{type(error).__name__}: {reason}") from None
 
 
-def find_checkpoint(folder: Path, config_class: type) -> dict | None:
-    """The newest readable checkpoint, or None where there has been none. Warns of a file that cannot be read.
+def find_checkpoint(folder: Path) -> dict | None:
+    """The newest readable checkpoint, or None where there has been none. A damaged last.pt beside a
+    good previous.pt is renamed, so that the next save does not overwrite the good one with it.
 
     Raises ExperimentError if none can be read, or if it is of another version or format.
     """
-    content, paths = None, [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+    last, paths = folder / "last.pt", [folder / "last.pt", folder / "previous.pt"]
+    paths, content = [path for path in paths if path.exists()], None
     for path in paths:
         try:
             content = read_checkpoint(path)
@@ -738,35 +926,28 @@ def find_checkpoint(folder: Path, config_class: type) -> dict | None:
         if paths:
             raise ExperimentError(f"no checkpoint in {folder} can be read: start over with --fresh")
         return None
+    if path != last:
+        print(f"warning: {last} is missing or damaged, continuing from {path}")
+        with contextlib.suppress(OSError):
+            os.replace(last, folder / f"damaged_{time.time_ns()}.pt")
+    advice = "choose another --output-dir, or start over with --fresh"
     if content["version"] != VERSION:
-        raise ExperimentError(f"{path} belongs to {content['version']}, not to {VERSION}: choose another --output-dir")
-    keys = {"format", "version", "torch", "config", "stages", "history"}
-    if content["format"] != CHECKPOINT_FORMAT or content.keys() != keys:
-        raise ExperimentError(f"{path} is of another release: choose another --output-dir, or start over with --fresh")
-    settings = {*stored_fields(config_class, "match", "keep")}
-    if not isinstance(content["config"], dict) or content["config"].keys() != settings:
-        raise ExperimentError(f"{path} holds other settings: choose another --output-dir, or start over with --fresh")
-    if path.name == "previous.pt":
-        print(f"warning: {folder / 'last.pt'} is missing or damaged, going on from {path}")
+        raise ExperimentError(f"{path} belongs to {content['version']}, not to {VERSION}: {advice}")
+    keys, config = {*CHECKPOINT, "config", "stages", "history"}, content.get("config")
+    if content["format"] != CHECKPOINT["format"] or content.keys() != keys:
+        raise ExperimentError(f"{path} was written by another release: {advice}")
+    if not isinstance(config, dict) or config.keys() != stored_settings("match", "keep"):
+        raise ExperimentError(f"{path} has a different set of settings: {advice}")
     return content
 
 
-def load_state(module, state: dict) -> None:
-    """Calls `module.load_state_dict`. Raises ExperimentError if the state does not fit."""
+def load_state(part, state: dict | None) -> None:
+    """Calls `part.load_state_dict`. Raises ExperimentError if the state does not fit."""
     try:
-        module.load_state_dict(state)
+        part.load_state_dict(state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise ExperimentError(f"the checkpoint does not fit its configuration ({reason}): see --fresh") from None
-
-
-def set_damaged_aside(folder: Path) -> None:
-    """Renames a last.pt that cannot be read, so that the next save does not put it in place of a good previous.pt."""
-    try:
-        if (folder / "last.pt").exists():
-            read_checkpoint(folder / "last.pt")
-    except ValueError:
-        os.replace(folder / "last.pt", folder / f"damaged_{time.time_ns()}.pt")
+        raise ExperimentError(f"the checkpoint does not fit ({reason}): see --fresh") from None
 
 
 @contextlib.contextmanager
@@ -776,63 +957,84 @@ def locked_output(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise ExperimentError(f"cannot write to the output folder {folder}: {error.strerror}") from None
+        raise ExperimentError(f"cannot write to the folder {folder}: {error.strerror}") from None
     with lock:
         try:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ExperimentError(f"another run is using {folder}: choose another --output-dir") from None
+            message = f"another run is using {folder}: choose another --output-dir"
+            raise ExperimentError(message) from None
         except OSError as error:
-            print(f"warning: cannot lock {folder} ({error.strerror}): see to it that no other run uses it")
+            print(
+                f"warning: cannot lock {folder} ({error.strerror}): make sure no other run uses it"
+            )
         yield
 
 
-def move_aside(folder: Path, names: tuple[str, ...]) -> None:
-    """Moves what an old run wrote under these names to old_runs/<time>/, the checkpoints first."""
+def move_aside(folder: Path) -> None:
+    """Moves an old run to old_runs/<time>/: what all runs write, its checkpoints first, and every
+    folder of figures, known by the epoch in their names."""
+    names = ("checkpoints", "metrics.csv", "loss_curves.png", "samples", "samples*.npz")
+    written = [path for name in names for path in sorted(folder.glob(name))]
+    figures = {path.parent for path in folder.glob("*/*_epoch_*.[pg][ni][gf]")} - {*written}
     attic = folder / "old_runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
-    for entry in [path for name in names for path in sorted(folder.glob(name))]:
+    for path in [*written, *sorted(figures)]:
         attic.mkdir(parents=True, exist_ok=True)
-        shutil.move(entry, attic)
+        shutil.move(path, attic)
     if attic.exists():
         print(f"the old run is in {attic}")
 
 
-# =====================================================================================================================
-# Training
-# =====================================================================================================================
+# --- Training -------------------------------------------------------------------------------------
 
 
-def learning_rate_factor(step: int, total_steps: int) -> float:
-    """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps.
+class Models:
+    """The averaged networks in evaluation mode, each an attribute by its name in `build_networks`;
+    the settings that say how to sample from them; and the history, a row an epoch."""
 
-    A finished run that is given more epochs follows the longer plan, so learns faster again at first.
-    """
-    return max(0.0, min(1.0, (step + 1) / 100, (total_steps - step) / (0.4 * total_steps + 1)))
+    def __init__(self, networks: dict[str, nn.Module], config: Settings, history: list[dict]):
+        self.networks, self.config, self.history = networks, config, history
+        self.device = next(networks["diffusion"].parameters()).device
+        vars(self).update(networks)
+
+    @property
+    def epoch(self) -> int:
+        """Complete epochs of the diffusion."""
+        return sum(row["stage"] == "diffusion" for row in self.history)
+
+    def with_settings(self, **changes) -> Models:
+        """The same networks under other settings, such as guidance_scale or sampling_seed."""
+        return Models(self.networks, dataclasses.replace(self.config, **changes), self.history)
+
+
+def initial_networks(config: Settings, device: torch.device) -> dict[str, nn.Module]:
+    """The networks as they start, by the seed alone; torch's own generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derived_seed(config.seed, "initial weights"))
+        return {name: network.to(device) for name, network in build_networks(config).items()}
 
 
 class Stage:
-    """One stage of training: the model, its moving average, its optimizer, and where it stands.
+    """One stage of training: a network, its moving average and optimizer, and where it stands.
 
     Args:
-        loss_fn: `loss_fn(model, *batch, generator=None)` returns the loss of a batch.
-        images: size of the training set; what does not fill a batch waits for another epoch's order.
+        loss: as of `Run.train`.
+        images: size of the training set; an incomplete last batch of an epoch is left out.
     """
 
     def __init__(
-        self, name: str, model: nn.Module, loss_fn: Callable[..., Tensor], images: int, batch_size: int, epochs: int,
-        learning_rate: float, config: Config,
+        self, name: str, network: nn.Module, average: AveragedModel, loss: Callable[..., Tensor],
+        images: int, *, epochs: int, batch_size: int, learning_rate: float,
     ):  # fmt: skip
-        self.name, self.model, self.loss_fn = name, model, loss_fn
-        self.batch_size = min(batch_size, images)
+        self.name, self.network, self.average, self.loss = name, network, average, loss
+        self.batch_size, self.peak_learning_rate = min(batch_size, images), learning_rate
         self.steps_per_epoch = images // self.batch_size
         self.total_steps = epochs * self.steps_per_epoch
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).eval()
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
-        self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, self.total_steps))
-        self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0  # the last two are of the epoch under way
-        if config.compile:
-            self.model.compile()
+        parameters, betas = network.parameters(), (0.9, 0.99)
+        self.optimizer = torch.optim.AdamW(parameters, learning_rate, betas, fused=True)
+        self.parts = {"model": network, "ema": average, "optimizer": self.optimizer}
+        self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0  # the last two of the epoch under way
 
     @property
     def epoch(self) -> int:
@@ -840,46 +1042,104 @@ class Stage:
         return self.step // self.steps_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of `step`."""
-        return self.optimizer.param_groups[0]["initial_lr"] * learning_rate_factor(step, self.total_steps)
+        """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps. A
+        finished run that is given more epochs follows the longer plan, at a higher rate again."""
+        left = (self.total_steps - step) / (0.4 * self.total_steps + 1)
+        return self.peak_learning_rate * max(0.0, min(1.0, (step + 1) / 100, left))
 
     def state(self) -> dict:
         """All that the stage needs to go on with the same bits."""
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "scheduler")}
-        return parts | {"step": self.step, "loss_sum": self.loss_sum, "seconds": self.seconds}
+        counts = {name: getattr(self, name) for name in ("step", "loss_sum", "seconds")}
+        return {name: part.state_dict() for name, part in self.parts.items()} | counts
 
     def restore(self, state: dict) -> None:
-        """The inverse of `state`. Raises ExperimentError if the state is another model's."""
-        for name in ("model", "ema", "optimizer", "scheduler"):
-            load_state(getattr(self, name), state.get(name))
+        """The inverse of `state`. Raises ExperimentError if the state does not fit."""
+        for name, part in self.parts.items():
+            load_state(part, state.get(name))
         self.step, self.loss_sum, self.seconds = state["step"], state["loss_sum"], state["seconds"]
-        for group in self.optimizer.param_groups:  # more epochs than planned before have changed the plan
-            group["lr"] = self.learning_rate(self.step)
+        if self.step > self.total_steps:
+            message = f"{self.name} has been trained for more epochs already: {self.epoch}"
+            raise ExperimentError(message)
+
+    def close_epoch(self, validation: float) -> dict:
+        """Starts the sums of the next epoch. Returns the row of the history for this one."""
+        losses = {"train_loss": self.loss_sum / self.steps_per_epoch, "validation_loss": validation}
+        rate = self.steps_per_epoch * self.batch_size / self.seconds
+        row = {"stage": self.name, "epoch": self.epoch, "step": self.step, **losses}
+        row |= {"learning_rate": self.learning_rate(self.step - 1), "seconds": self.seconds}
+        self.loss_sum = self.seconds = 0.0
+        return row | {"images_per_second": rate}
 
 
 class Run:
-    """A run's stages and history, and the folder that they are saved in."""
+    """A run: its settings, its networks, its history, and the folder that they are saved in."""
 
-    def __init__(self, config: Config, output: Path, stages: list[Stage], checkpoint: dict | None):
-        self.config, self.output, self.stages = config, output, stages
+    def __init__(self, config: Settings, data: Data, output: Path, checkpoint: dict | None):
+        self.config, self.data, self.output = config, data, output
+        self.networks = initial_networks(config, data.train_images.device)
+        mean = get_ema_multi_avg_fn(config.ema_decay)
+        averages = {k: AveragedModel(v, multi_avg_fn=mean) for k, v in self.networks.items()}
+        self.averages = {name: average.eval() for name, average in averages.items()}
         self.history = checkpoint["history"] if checkpoint else []
-        for stage in stages if checkpoint else []:
-            stage.restore(checkpoint["stages"][stage.name])
-            if stage.step > stage.total_steps:
-                raise ExperimentError(f"{stage.name} has been trained for more epochs already: {stage.epoch}")
+        self.restored = checkpoint["stages"] if checkpoint else {}
+        networks = {name: average.module for name, average in self.averages.items()}
+        self.models = Models(networks, config, self.history)
+        self.stages: dict[str, Stage] = {}  # those that have begun
+
+    def train(
+        self, name: str, loss: Callable[..., Tensor], arrays: tuple[Tensor, ...],
+        held_out: tuple[Tensor, ...], *, epochs: int, batch_size: int, learning_rate: float,
+        after_epoch: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Trains the network of that name, from the step it is at to its last.
+
+        Args:
+            loss: `loss(network, *batch, rng)` returns the mean loss of a batch, rows of `arrays`;
+                uint8 images come to it as floats in [-1, 1].
+            arrays: the training set, (N, ...) each.
+            held_out: the same of the validation set.
+            after_epoch: called with the number of each complete epoch; if None, `Run.draw` is.
+
+        Raises ExperimentError after a signal, or if the loss is not finite.
+        """
+        network, images, trained = self.networks[name], len(arrays[0]), loss
+        if self.config.compile:
+            trained = torch.compile(loss)
+        plan = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+        stage = Stage(name, network, self.averages[name], trained, images, **plan)
+        self.stages[name] = stage
+        if name in self.restored:
+            stage.restore(self.restored[name])
+        if stage.step < stage.total_steps and self.restored.keys() - self.stages.keys():
+            reason = "cannot change once the next stage has begun: see --fresh"
+            raise ExperimentError(f"the epochs of {name} {reason}")
+        size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        print(f"{name}: {size:.2f} M parameters, step {stage.step} of {stage.total_steps}")
+        validate = partial(validation_loss, loss, stage.average.module, held_out)
+        train_steps(self, stage, arrays, validate, after_epoch or self.draw)
+
+    def begun(self, name: str) -> bool:
+        """Whether the stage of that name had begun when the run was resumed."""
+        return name in self.restored
+
+    def draw(self, epoch: int) -> None:
+        """Draws samples after an epoch of the diffusion, now and then all figures. Those of the
+        last epoch are drawn when training is over."""
+        if self.stages["diffusion"].step == self.stages["diffusion"].total_steps:
+            return
+        if epoch % self.config.figures_every == 0:
+            save_all_figures(self.models, self.data, self.output)
+        else:
+            save_samples(self.models, self.output)
 
     def save(self) -> None:
-        """Writes a checkpoint, and metrics.csv."""
-        config = {name: getattr(self.config, name) for name in stored_fields(type(self.config), "match", "keep")}
-        content = {"format": CHECKPOINT_FORMAT, "version": VERSION, "torch": str(torch.__version__), "config": config}
-        content |= {"stages": {stage.name: stage.state() for stage in self.stages}, "history": self.history}
+        """Writes a checkpoint, and the history as metrics.csv, a row an epoch."""
+        config = {name: getattr(self.config, name) for name in stored_settings("match", "keep")}
+        stages = {name: stage.state() for name, stage in self.stages.items()}
+        content = CHECKPOINT | {"config": config, "stages": stages, "history": self.history}
         save_checkpoint(content, self.output / "checkpoints")
-        self.write_metrics()
-
-    def write_metrics(self) -> None:
-        """Writes the history as metrics.csv, a row an epoch."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.history[0] if self.history else ["stage"], lineterminator="\n")
+        text, columns = io.StringIO(), self.history[0] if self.history else ["stage"]
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
         write_atomically(self.output / "metrics.csv", text.getvalue().encode())
@@ -888,156 +1148,261 @@ class Run:
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """Here the first SIGINT or SIGTERM only joins the list; a second one acts at once."""
-    noted = []
+    noted, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    heeded = [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
 
     def note(signum, frame):
         noted.append(signum)
-        for number in handlers:
+        for number in heeded:
             signal.signal(number, signal.SIG_DFL)
 
-    heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     handlers = {number: signal.signal(number, note) for number in heeded}
     try:
         yield noted
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if noted:  # too late for the loop to heed it
+        signal.raise_signal(noted[0])
 
 
-def train_step(stage: Stage, batch: list[Tensor]) -> Tensor:
-    """One step of the optimizer and of the averaged weights. Returns the loss, detached."""
+def train_step(stage: Stage, batch: list[Tensor], rng: Rng) -> Tensor:
+    """One step of optimizer and averaged weights. Returns loss and gradient norm, on the device."""
+    for group in stage.optimizer.param_groups:
+        group["lr"] = stage.learning_rate(stage.step)
     with autocast(batch[0].device):
-        loss = stage.loss_fn(stage.model, *batch)
+        loss = stage.loss(stage.network, *map(to_float, batch), rng)
     stage.optimizer.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(stage.network.parameters(), 1.0)
     stage.optimizer.step()
-    stage.scheduler.step()
-    stage.ema.update_parameters(stage.model)
-    return loss.detach() + 0 * norm  # not finite if the gradient is not
+    stage.average.update_parameters(stage.network)
+    return torch.stack([loss.detach(), norm])
 
 
 @torch.inference_mode()
-def validation_loss(stage: Stage, arrays: list[Tensor]) -> float:
-    """The averaged weights' mean loss over `arrays`, with the same noise and times at every call."""
+def validation_loss(
+    loss: Callable[..., Tensor], network: nn.Module, arrays: tuple[Tensor, ...]
+) -> float:
+    """The network's mean loss over `arrays`, with the same noise and times at every call."""
     device, total = arrays[0].device, 0.0
-    generator = torch.Generator(device).manual_seed(0)
+    rng = Rng(0, device, source=torch.device("cpu"))
     with autocast(device):
         for batch in zip(*(array.split(500) for array in arrays)):
-            total += stage.loss_fn(stage.ema.module, *batch, generator=generator).item() * len(batch[0])
+            total += loss(network, *map(to_float, batch), rng).item() * len(batch[0])
     return total / len(arrays[0])
 
 
-def train(
-    run: Run, stage: Stage, arrays: list[Tensor], held_out: list[Tensor], after_epoch: Callable[[], None]
-) -> None:
-    """Trains `stage` from the step it is at to its last, on rows of `arrays`, validated on `held_out`.
+def train_steps(
+    run: Run, stage: Stage, arrays: tuple[Tensor, ...], validate: Callable[[], float],
+    after_epoch: Callable[[int], None],
+) -> None:  # fmt: skip
+    """The steps that `Run.train` has still to do.
 
-    What is random depends on the seed, the stage and the step alone, so that a resumed run goes on with the same bits.
-    Saves after each epoch, every few minutes, and on a signal. `after_epoch` is called when an epoch is saved.
-    Raises ExperimentError after a signal, or if the loss is not finite.
+    What is random depends on the seed, the stage and the step alone, so that a resumed run goes on
+    with the same bits. Saves after each epoch, every few minutes, and on a signal.
     """
-    device, seed, size = arrays[0].device, run.config.seed, stage.batch_size
-    saved_at, losses, order = time.monotonic(), [], None
-    images, done = stage.total_steps * size, stage.step * size
-    bar = tqdm(desc=stage.name, total=images, initial=done, unit=" images", unit_scale=True, disable=None)
+    device, size, order, pending = arrays[0].device, stage.batch_size, None, []
+    saved_at, seed = time.monotonic(), partial(derived_seed, run.config.seed, stage.name)
+    images = {"initial": stage.step * size, "total": stage.total_steps * size, "unit": " images"}
+    bar = tqdm(desc=stage.name, unit_scale=True, disable=None, **images)
     with noted_signals() as signals, bar:
         while stage.step < stage.total_steps:
             started = time.perf_counter()
             epoch, position = divmod(stage.step, stage.steps_per_epoch)
             if position == 0 or order is None:
-                shuffle = torch.Generator().manual_seed(derived_seed(seed, stage.name, "order", epoch))
-                order = torch.randperm(len(arrays[0]), generator=shuffle).to(device)
+                generator = torch.Generator().manual_seed(seed("order", epoch))
+                order = torch.randperm(len(arrays[0]), generator=generator).to(device)
             rows = order[position * size : (position + 1) * size]
-            seed_generators(derived_seed(seed, stage.name, "step", stage.step), device)
-            losses.append((stage.step, train_step(stage, [array[rows] for array in arrays])))
+            rng = Rng(seed("step", stage.step), device)
+            pending.append(train_step(stage, [array[rows] for array in arrays], rng))
             stage.step += 1
             epoch_ends, stopping = stage.step % stage.steps_per_epoch == 0, bool(signals)
-            saving = epoch_ends or stopping or time.monotonic() - saved_at > 60 * run.config.checkpoint_minutes
-            while len(losses) > (0 if saving else 1):  # read a step late, so that no device waits
-                add_loss(run, stage, *losses.pop(0), bar)
+            late = time.monotonic() - saved_at > 60 * run.config.checkpoint_minutes
+            saving = epoch_ends or stopping or late
+            if saving or len(pending) == 100:  # seldom, since each time waits for the device
+                add_losses(run, stage, pending, bar)
             stage.seconds += time.perf_counter() - started
             bar.update(size)
             if epoch_ends:
-                close_epoch(run, stage, validation_loss(stage, held_out), verbose=bar.disable)
+                run.history.append(stage.close_epoch(validate()))
+                if bar.disable:
+                    print_epoch(stage, run.history[-1])
             if saving:
                 run.save()
                 saved_at = time.monotonic()
             if epoch_ends and not stopping:
-                after_epoch()
+                after_epoch(stage.epoch)
             if stopping or (epoch_ends and signals):  # either way this step is saved
-                where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
                 name = signal.Signals(signals[0]).name
-                raise ExperimentError(f"{name} at {where}: saved; run again to resume", 128 + signals[0])
+                where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
+                message = f"{name} at {where}: saved; run again to resume"
+                raise ExperimentError(message, 128 + signals[0])
 
 
-def add_loss(run: Run, stage: Stage, step: int, loss: Tensor, bar: tqdm) -> None:
-    """Adds the loss of `step` to the sum of the epoch. Raises ExperimentError if it is not finite."""
-    value = loss.item()
-    if not math.isfinite(value):
-        last = run.output / "checkpoints" / "last.pt"
-        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-        raise ExperimentError(f"loss or gradient of {stage.name} is not finite at step {step}; {kept}", 1)
-    stage.loss_sum += value
-    bar.set_postfix(loss=f"{value:.4f}", lr=f"{stage.learning_rate(step):.1e}", refresh=False)
+def add_losses(run: Run, stage: Stage, pending: list[Tensor], bar: tqdm) -> None:
+    """Adds the last steps' losses to the epoch's sum. Raises ExperimentError if not finite."""
+    for step, (loss, norm) in enumerate(torch.stack(pending).tolist(), stage.step - len(pending)):
+        if not math.isfinite(loss + norm):
+            last = run.output / "checkpoints" / "last.pt"
+            kept = f"the last good checkpoint is {last}" if last.exists() else "none is saved yet"
+            message = f"loss or gradient of {stage.name} is not finite at step {step}; {kept}"
+            raise ExperimentError(message, 1)
+        stage.loss_sum += loss
+    bar.set_postfix(loss=f"{loss:.4f}", lr=f"{stage.learning_rate(step):.1e}", refresh=False)
+    pending.clear()
 
 
-def close_epoch(run: Run, stage: Stage, validation: float, verbose: bool) -> None:
-    """Adds a row to the history, and starts the sums of the next epoch."""
-    rate = stage.steps_per_epoch * stage.batch_size / stage.seconds
-    row = {"stage": stage.name, "epoch": stage.epoch, "step": stage.step}
-    row |= {"train_loss": stage.loss_sum / stage.steps_per_epoch, "validation_loss": validation}
-    row |= {"learning_rate": stage.learning_rate(stage.step - 1), "seconds": stage.seconds, "images_per_second": rate}
-    run.history.append(row)
-    stage.loss_sum = stage.seconds = 0.0
-    if verbose:
-        minutes = (stage.total_steps - stage.step) * stage.batch_size / rate / 60
-        print(
-            f"{stage.name}: epoch {stage.epoch} of {stage.total_steps // stage.steps_per_epoch}, "
-            f"loss {row['train_loss']:.4f}, validation {validation:.4f}, {rate:.0f} images/s, {minutes:.1f} min left"
-        )
+def print_epoch(stage: Stage, row: dict) -> None:
+    """A line an epoch, for where there is no bar."""
+    rate, epochs = row["images_per_second"], stage.total_steps // stage.steps_per_epoch
+    minutes = (stage.total_steps - stage.step) * stage.batch_size / rate / 60
+    losses = f"loss {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}"
+    text = f"{stage.name}: epoch {stage.epoch} of {epochs}, {losses}, {rate:.0f} images/s"
+    print(f"{text}, {minutes:.1f} min left")
 
 
-def announce_plan(run: Run, examples: list[list[Tensor]]) -> None:
-    """Prints where each stage stands and about how long the rest takes, by trial steps on copies of the models."""
-    minutes = 0.0
-    for stage, arrays in zip(run.stages, examples):
-        size = sum(parameter.numel() for parameter in stage.model.parameters())
-        print(f"{stage.name}: {size / 1e6:.2f} M parameters, step {stage.step} of {stage.total_steps}")
-        model, left, seconds = copy.deepcopy(stage.model), stage.total_steps - stage.step, 0.0
-        for _ in range(2 if left else 0):  # the first one warms up
-            started = time.perf_counter()
-            with autocast(arrays[0].device):
-                stage.loss_fn(model, *(array[: stage.batch_size] for array in arrays)).backward()
-            next(model.parameters()).grad.sum().item()  # wait for the device
-            seconds = time.perf_counter() - started
-        minutes += left * seconds / 60
-    print(f"to do: {f'training, about {minutes:.1f} minutes, then ' if minutes else ''}the figures")
+# --- Sampling -------------------------------------------------------------------------------------
+
+Fresh = Callable[[], Tensor]  # draws standard normal noise for a batch of states, anew at each call
 
 
-# =====================================================================================================================
-# Figures
-# =====================================================================================================================
+@torch.no_grad()
+def in_chunks(function: Callable[[Tensor], Tensor], tensor: Tensor, chunk: int = 500) -> Tensor:
+    """`function` of a tensor (N, ...), some rows at a time; of uint8 images as floats."""
+    with autocast(tensor.device):
+        return torch.cat([function(to_float(part)) for part in tensor.split(chunk)])
+
+
+def embed_images(models: Models, images: Tensor) -> Tensor:
+    """uint8 images (N, 1, 28, 28) to the space of the states, (N, *state_shape)."""
+    return in_chunks(partial(embed, models), images)
+
+
+def decode_images(models: Models, states: Tensor) -> Tensor:
+    """States (..., C, H, W) to uint8 images (..., 1, 28, 28)."""
+    images = in_chunks(lambda part: to_uint8(decode(models, part)), states.flatten(0, -4))
+    return images.unflatten(0, states.shape[:-3])
+
+
+def noise_of_samples(models: Models, numbers: range) -> Fresh:
+    """Draws the noise of samples by their numbers: first what they start from, then fresh noise.
+
+    Each has a generator of its own, on the CPU: sample i of a sampling seed is the same on every
+    device, however many are drawn at a time.
+    """
+    seed, shape = models.config.sampling_seed, state_shape(models.config)
+    seeds = [derived_seed("sample", seed, number) for number in numbers]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def stream() -> Iterator[Tensor]:
+        size = 1
+        while True:
+            blocks = [torch.randn(size, *shape, generator=each) for each in generators]
+            yield from torch.stack(blocks, dim=1).to(models.device)
+            size = 20  # in blocks, for a draw of one is slow
+
+    return stream().__next__
+
+
+@torch.inference_mode()
+def trajectory(
+    models: Models, noise: Tensor, classes: Tensor, steps: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The deterministic sampler's states, noise first, and its guesses: (S + 1, B, ...) each."""
+    with autocast(noise.device):
+        states, guesses = zip(*sample(models, noise, classes, steps))
+    return torch.stack(states), torch.stack(guesses)
+
+
+@torch.inference_mode()
+def last_state(
+    models: Models, noise: Tensor, classes: Tensor, steps: int = 0, fresh: Fresh | None = None
+) -> Tensor:
+    """What the sampler makes of the noise (B, ...), for class weights (B, 11)."""
+    with autocast(noise.device):
+        [(state, _)] = collections.deque(sample(models, noise, classes, steps, fresh), maxlen=1)
+    return state
+
+
+def generate_samples(models: Models, labels: Tensor, chunk: int = 100) -> Tensor:
+    """Generates one image a label: samples 0, 1, ... of the sampling seed.
+
+    Args:
+        models: from `load_trained`; their settings say how.
+        labels: (N,) int64 on the models' device, 0 to 9, or NULL_CLASS for "no class".
+        chunk: images at a time; the result does not depend on it but for rounding.
+
+    Returns: uint8 (N, 1, 28, 28).
+    """
+    images = []
+    for first, part in zip(range(0, len(labels), chunk), labels.split(chunk)):
+        fresh = noise_of_samples(models, range(first, first + len(part)))
+        states = last_state(models, fresh(), class_weights(part), fresh=fresh)
+        images.append(decode_images(models, states))
+    return torch.cat(images)
+
+
+def load_trained(folder: Path, device: str = "auto", **changes) -> Models:
+    """The averaged networks of the run in that output folder, in evaluation mode, under the run's
+    settings but for `changes`, such as guidance_scale or sampling_seed.
+
+    Raises ExperimentError if there are no trained networks, or if a change contradicts them.
+    """
+    checkpoint = find_checkpoint(Path(folder) / "checkpoints")
+    if checkpoint is None or "diffusion" not in checkpoint["stages"]:
+        message = f"there is no trained model in {folder}: run without --sample-only to train one"
+        raise ExperimentError(message)
+    where = pick_device(device)
+    changes["device"], networks = device, {}
+    config = settle(default_settings(where), changes, checkpoint)
+    for name, network in initial_networks(config, where).items():
+        average = AveragedModel(network).eval()
+        load_state(average, checkpoint["stages"][name].get("ema"))
+        networks[name] = average.module
+    models = Models(networks, config, checkpoint["history"])
+    print(f"{VERSION} on {where}, torch {torch.__version__}, {models.epoch} epochs; from {folder}")
+    return models
+
+
+def export_samples(models: Models, count: int, output: Path) -> None:
+    """Writes `count` samples as npz in the layout of guided-diffusion: arr_0 uint8 (N, 28, 28, 1)
+    and arr_1 int64 (N,), the labels i mod 10, or -1 where there are no classes."""
+    started, content = time.perf_counter(), io.BytesIO()
+    labels, seed = labels_in_turn(count, models.device), models.config.sampling_seed
+    images = generate_samples(models, labels).permute(0, 2, 3, 1)
+    labels = torch.where(labels == NULL_CLASS, -1, labels)
+    np.savez_compressed(content, images.cpu().numpy(), labels.cpu().numpy())
+    path = output / (f"samples_seed_{seed}.npz" if seed else "samples.npz")
+    write_atomically(path, content.getvalue())
+    print(f"{path}: {count} samples in {time.perf_counter() - started:.1f} s")
+
+
+# --- Figures --------------------------------------------------------------------------------------
 
 CLASS_COLOURS = matplotlib.colormaps["tab10"].colors
 PATH_STEPS = 20  # sampler steps of the trajectories that are drawn
 
 
-def file_name(title: str) -> str:
-    """A class's or sample's name as part of a file name."""
-    return title.replace("/", "-").replace(" ", "-")
+class Trajectories(NamedTuple):
+    """Trajectories of the deterministic sampler as figures show them, and the forward process
+    beside them; all from noise to data, (S + 1, N, *state_shape)."""
+
+    states: Tensor  # the model's
+    guesses: Tensor  # what it takes each of them for, E[x_0 | x_t]
+    noised: Tensor  # the forward process from the last state, with the noise that is the first
+    captions: list[str]  # S + 1
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Saves a figure as PNG, in a folder that need not exist yet."""
+    """Saves a figure as PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100, bbox_inches="tight", pad_inches=0.1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getvalue())
 
 
 def draw_grid(axes, images: Tensor, rows: list[str], columns: list[str]) -> None:
-    """Draws images (R, C, 1, 28, 28) uint8 as a grid, with names of rows (left) and columns (above)."""
+    """Draws images (R, C, 1, 28, 28) uint8 as a grid, with names of rows and columns."""
     grid = make_grid(images.flatten(0, 1), nrow=images.shape[1], padding=2, pad_value=96)[0]
     axes.imshow(grid.cpu().numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_yticks([16 + 30 * row for row in range(len(rows))], rows)
@@ -1055,24 +1420,18 @@ def save_grid(path: Path, images: Tensor, rows: list[str], columns: list[str], t
     save_figure(figure, path)
 
 
-def save_sheet(path: Path, images: Tensor, title: str) -> None:
-    """Saves images (N, 1, 28, 28) eight a row, and says where."""
-    columns = min(8, len(images))
-    blanks = torch.full((-len(images) % columns, 1, 28, 28), 96, dtype=torch.uint8, device=images.device)
-    save_grid(path, torch.cat([images, blanks]).unflatten(0, (-1, columns)), [], [], title)
-    print(f"samples: {path}")
-
-
 def save_loss_curves(history: list[dict], path: Path) -> None:
     """Training and validation loss of each stage by epoch; nothing before the first has ended."""
     stages = list(dict.fromkeys(row["stage"] for row in history))
     if not stages:
         return
     figure = Figure(figsize=(5 * len(stages), 3.2), layout="constrained")
+    curves = {"train_loss": "training", "validation_loss": "validation, averaged weights"}
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
         rows = [row for row in history if row["stage"] == stage]
-        for key, name in (("train_loss", "training"), ("validation_loss", "validation, averaged weights")):
-            axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-", markersize=3, label=name)
+        epochs = [row["epoch"] for row in rows]
+        for key, name in curves.items():
+            axes.plot(epochs, [row[key] for row in rows], "o-", markersize=3, label=name)
         axes.set(title=stage, xlabel="epoch", ylabel="loss")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -1080,374 +1439,205 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
-def save_animation(noised: Tensor, trajectory: Tensor, captions: list[str], title: str, path: Path) -> None:
-    """A looping GIF from the clean image out to noise by the forward process, and back as the model went.
-
-    Args:
-        noised: uint8 (S + 1, 1, 28, 28), the forward process from data to noise.
-        trajectory: uint8 (S + 1, 1, 28, 28), the model's states from the same noise to the same image.
-        captions: of the trajectory's states, from noise to data.
-    """
-    dejavu = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Pillow's own font knows no Greek
+def save_animation(
+    states: Tensor, noised: Tensor, captions: list[str], title: str, path: Path
+) -> None:
+    """A looping GIF from the clean image out to noise as `noised` says, and back as the model's
+    `states` went: uint8 (S + 1, 1, 28, 28), both from noise to data, as are the captions."""
+    # Pillow's own font knows no Greek
+    dejavu = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     steps, font = len(noised) - 1, ImageFont.truetype(dejavu, size=16)
     frames = []
-    for index, picture in enumerate(torch.cat([noised, trajectory[1:-1]]).cpu().numpy()):
+    for index, picture in enumerate(torch.cat([noised.flip(0), states[1:-1]]).cpu().numpy()):
         frame = Image.new("L", (224, 254), 255)
-        frame.paste(Image.fromarray(picture[0]).resize((224, 224), Image.Resampling.NEAREST), (0, 30))
+        large = Image.fromarray(picture[0]).resize((224, 224), Image.Resampling.NEAREST)
+        frame.paste(large, (0, 30))
         draw = ImageDraw.Draw(frame)
         draw.text((6, 4), title, font=font, fill=0)
         draw.text((218, 4), captions[abs(steps - index)], font=font, fill=0, anchor="ra")
         frames.append(frame)
-    milliseconds = [1200 if index == 0 else 500 if index == steps else 80 for index in range(len(frames))]
-    content = io.BytesIO()
-    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    pauses = {0: 1200, steps: 500}
+    content, times = io.BytesIO(), [pauses.get(index, 80) for index in range(len(frames))]
+    rest = {"append_images": frames[1:], "duration": times, "loop": 0}
+    frames[0].save(content, "GIF", save_all=True, **rest)
     write_atomically(path, content.getvalue())
 
 
-def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int | None = None) -> None:
-    """Draws points (N, 2) coloured by class with a legend; `strong` (None: all) in full colour, the others pale."""
+def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int = NULL_CLASS) -> None:
+    """Draws points (N, 2) coloured by class with a legend; the class `strong` (NULL_CLASS: each) in
+    full colour, the others pale."""
     for label, name in enumerate(CLASS_NAMES):
-        alpha, size = (0.7, 9) if strong in (None, label) else (0.2, 5)
-        colour = CLASS_COLOURS[label]
-        axes.scatter(*points[labels == label].T, s=size, alpha=alpha, color=colour, linewidths=0, label=name)
-    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, markerscale=2.5, frameon=False)
+        alpha, size = (0.7, 9) if strong in (NULL_CLASS, label) else (0.2, 5)
+        style = {"s": size, "alpha": alpha, "color": CLASS_COLOURS[label], "linewidths": 0}
+        axes.scatter(*points[labels == label].T, label=name, **style)
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    legend = axes.legend(fontsize=9, markerscale=2.5, frameon=False, **place)
     for handle in legend.legend_handles:
         handle.set_alpha(1)
 
 
 def place_labels(axes, points: np.ndarray, texts: dict[int, str]) -> None:
-    """Writes texts near the points (N, 2) of their index, each where it is farthest from points and earlier texts."""
+    """Writes texts near the points (N, 2) of their index, each where it is farthest from points and
+    earlier texts."""
     pixels, inside = axes.transData.transform(points), axes.bbox.padded(-24, -10)
     taken, to_data = list(pixels), axes.transData.inverted().transform
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    ring = np.stack([1.5 * np.cos(angles), np.sin(angles)], axis=1)
+
+    def room(place: np.ndarray) -> float:
+        return min(np.hypot(*((place - other) / (1.8, 1))) for other in taken)
+
     for index, text in texts.items():
-        angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-        around = np.concatenate(
-            [pixels[index] + r * np.stack([1.5 * np.cos(angles), np.sin(angles)], 1) for r in (24, 44)]
-        )
+        around = np.concatenate([pixels[index] + radius * ring for radius in (24, 44)])
         around = [place for place in around if inside.contains(*place)] or around
-        spot = max(around, key=lambda place: min(np.hypot(*((place - other) / (1.8, 1))) for other in taken))
-        taken.append(spot)
+        taken.append(max(around, key=room))
         axes.annotate(
-            text, to_data(pixels[index]), to_data(spot), fontsize=9, ha="center", va="center", zorder=6,
+            text, to_data(pixels[index]), to_data(taken[-1]), fontsize=9, ha="center", va="center",
+            zorder=6, arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.3"},
             bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
-            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.3"},
         )  # fmt: skip
 
 
 def path_figure(
-    images: Tensor, path: np.ndarray, captions: list[str], scatter: np.ndarray, labels: np.ndarray, title: str,
-    strong: int | None,
+    images: Tensor, path: np.ndarray, captions: list[str], scatter: np.ndarray, labels: np.ndarray,
+    title: str, strong: int,
 ) -> Figure:  # fmt: skip
-    """Trajectories from noise to image, and the first of them as a path among the validation images.
+    """Trajectories from noise to image, and the first of them as a path among validation images.
 
     Args:
-        images: uint8 (R, S + 1, 1, 28, 28), a trajectory a row, from noise to data; every other state is shown.
-        path: (S + 1, 2), the first trajectory's states in the plane of the scatter.
-        captions: S + 1 of them.
-        scatter, labels: (N, 2) and (N,), the validation images in that plane, and their classes.
-        strong: the class that stands out (None: all).
+        images: uint8 (R, S + 1, 1, 28, 28), a trajectory a row; every other state is shown.
+        path, captions: (S + 1, 2) and S + 1, the first trajectory's, in the plane of the scatter.
+        scatter, labels: (N, 2) and (N,), the validation images there, and their classes.
+        strong: the class that stands out (NULL_CLASS: none does).
     """
     figure = Figure(figsize=(9, 9.2))
-    top, bottom = figure.add_axes((0.02, 0.65, 0.96, 0.3)), figure.add_axes((0.06, 0.05, 0.74, 0.54))
+    top = figure.add_axes((0.02, 0.65, 0.96, 0.3))
+    bottom = figure.add_axes((0.06, 0.05, 0.74, 0.54))
     captions = [caption.replace(" ", "") for caption in captions]
     draw_grid(top, images[:, ::2], [f"path {row + 1}" for row in range(len(images))], captions[::2])
     top.set_title(title, fontsize=12)
     scatter_classes(bottom, scatter, labels, strong)
     bottom.plot(*path.T, color="black", lw=1.5, zorder=4)
+    arrow = {"arrowstyle": "-|>", "color": "black", "lw": 1}
     for start, end in zip(path[::2], path[1::2]):
-        bottom.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1}, zorder=4)
+        bottom.annotate("", end, start, arrowprops=arrow, zorder=4)
     bottom.plot(*path[0], "s", color="white", markeredgecolor="black", markersize=9, zorder=5)
     bottom.plot(*path[-1], "*", color="gold", markeredgecolor="black", markersize=17, zorder=5)
     bottom.set(xlabel="first principal component", ylabel="second principal component")
-    bottom.set_title("path 1 from noise (square) to image (star) among validation images", fontsize=10)
+    text = "path 1 from noise (square) to image (star) among validation images"
+    bottom.set_title(text, fontsize=10)
     bottom.autoscale_view()  # the labels' places depend on the limits
-    place_labels(bottom, path, {step: captions[step] for step in range(0, len(path), max(1, len(path) // 5))})
+    shown = range(0, len(path), max(1, len(path) // 5))
+    place_labels(bottom, path, {step: captions[step] for step in shown})
     return figure
 
 
-def save_unconditional_samples(models: TrainedModels, output: Path) -> None:
-    """A hundred samples."""
-    path, title = output / "samples" / f"samples_epoch_{models.epoch}.png", f"Samples after epoch {models.epoch}"
-    save_grid(path, generate_samples(models, 100).unflatten(0, (-1, 10)), [], [], title)
+def save_samples(models: Models, output: Path) -> None:
+    """A hundred samples: ten a class, a row each, and ten without class; or ten rows."""
+    images = generate_samples(models, labels_in_turn(100, models.device)).unflatten(0, (10, 10))
+    rows, title = [], f"Samples after epoch {models.epoch}"
+    if CONDITIONAL:
+        null = torch.full((10,), NULL_CLASS, device=models.device)
+        images = torch.cat([images.transpose(0, 1), generate_samples(models, null)[None]])
+        rows = [*CLASS_NAMES, "no class"]
+    save_grid(output / "samples" / f"samples_epoch_{models.epoch}.png", images, rows, [], title)
 
 
-def save_reconstructions(autoencoder: nn.Module, images: Tensor, labels: Tensor, path: Path) -> None:
-    """Two images of each class, what the autoencoder makes of them, and the error."""
-    chosen = torch.stack([torch.nonzero(labels == label)[:2, 0] for label in range(len(CLASS_NAMES))], dim=1)
-    real = images[chosen.flatten()]
-    made = decode_images(autoencoder, encode_images(autoencoder, real))
-    error = (real.int() - made.int()).abs()
-    shown = real, made, (2 * error).clamp(max=255).to(torch.uint8)
-    grid = torch.stack([part.unflatten(0, (2, -1)) for part in shown], dim=1).flatten(0, 1)
-    mean = error.float().mean() / 255
-    title = f"Reconstructions of {len(real)} validation images: mean absolute error {mean:.3f} of 1"
-    names = [name.replace(" ", "\n").replace("/", "/\n") for name in CLASS_NAMES]
-    save_grid(path, grid, ["image", "reconstruction", "error x 2"] * 2, names, title)
+def save_trajectories(models: Models, data: Data, output: Path, rows: int = 4) -> None:
+    """Animation and denoising path of each class; or, where there are none, of ten samples."""
+    titles = CLASS_NAMES if CONDITIONAL else [f"sample {number}" for number in range(10)]
+    labels = labels_in_turn(rows * len(titles), models.device)
+    noise, classes = noise_of_samples(models, range(len(labels)))(), class_weights(labels)
+    drawn = draw_trajectories(models, noise, classes, PATH_STEPS)
+    images, noised = (decode_images(models, part) for part in (drawn.states, drawn.noised))
+    pca, space = PCA(n_components=2, random_state=0), embed_images(models, data.validation_images)
+    scatter = pca.fit_transform(space.flatten(1).cpu().numpy())[:2000]
+    classes = data.validation_labels[:2000].cpu().numpy()
+    for index, title in enumerate(titles):
+        name = f"{re.sub('[/ ]', '-', title)}_epoch_{models.epoch}"
+        path = output / "diffusion_animation" / f"diffusion_animation_class_{name}.gif"
+        save_animation(images[:, index], noised[:, index], drawn.captions, title, path)
+        shown = images[:, index :: len(titles)].transpose(0, 1)
+        line = pca.transform(drawn.states[:, index].flatten(1).cpu().numpy())
+        heading = f"{rows} paths from noise to image; the first is {title}"
+        strong = int(labels[index])
+        figure = path_figure(shown, line, drawn.captions, scatter, classes, heading, strong)
+        path = output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png"
+        save_figure(figure, path)
 
 
-def save_trajectories(
-    models: TrainedModels, trajectories: Trajectories, subjects: dict[str, int | None], space: Tensor, labels: Tensor,
-    output: Path,
-) -> None:  # fmt: skip
-    """Each subject's animation and denoising path.
-
-    Args:
-        trajectories: the same number for each subject, in the subjects' order.
-        subjects: title and class (None: no single one) of each.
-        space, labels: (N, ...) and (N,), the validation images where the states are, and their classes.
-    """
-    images, rows = models.decode(trajectories.states), trajectories.states.shape[1] // len(subjects)
-    noised = models.decode(trajectories.noised[:, ::rows])
-    pca = PCA(n_components=2, random_state=0)
-    scatter, classes = pca.fit_transform(space.flatten(1).cpu().numpy())[:2000], labels[:2000].cpu().numpy()
-    for index, (title, label) in enumerate(subjects.items()):
-        first, name = rows * index, f"{file_name(title)}_epoch_{models.epoch}"
-        gif = output / "diffusion_animation" / f"diffusion_animation_class_{name}.gif"
-        save_animation(noised[:, index], images[:, first], trajectories.captions, title, gif)
-        path = pca.transform(trajectories.states[:, first].flatten(1).cpu().numpy())
-        shown, heading = images[:, first : first + rows].transpose(0, 1), f"{rows} paths from noise to image"
-        heading += f"; path 1 is {title}" if label is None else f": {title}"
-        figure = path_figure(shown, path, trajectories.captions, scatter, classes, heading, label)
-        save_figure(figure, output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png")
-
-
-def save_latent_space(latents: Tensor, labels: Tensor, path: Path) -> None:
-    """t-SNE of 1,000 validation latents (N, C, 7, 7) with labels (N,), from their first 30 principal components."""
-    points = latents[:1000].flatten(1).cpu().numpy()
-    points = PCA(n_components=min(30, *points.shape), random_state=0).fit_transform(points)
-    plane = TSNE(perplexity=min(30, len(points) // 4), max_iter=500, random_state=0).fit_transform(points)
-    figure = Figure(figsize=(7, 5.5))
-    axes = figure.add_axes((0, 0, 0.8, 1))
-    scatter_classes(axes, plane, labels[:1000].cpu().numpy())
-    axes.set(title=f"t-SNE of the latents of {len(points)} validation images", xticks=[], yticks=[])
-    save_figure(figure, path)
-
-
-def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Spherical interpolation from a to b, both (C, H, W), at weight (K,) in 0..1: (K, C, H, W) (Shoemake 1985)."""
-    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
-    weight = weight.view(-1, 1, 1, 1)
-    return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
-
-
-def save_noise_interpolation(models: TrainedModels, output: Path) -> None:
-    """From one noise to another, eight times."""
-    weight, noise = torch.linspace(0, 1, 9, device=models.device), models.noise(16)
-    arcs = torch.cat([slerp(a, b, weight) for a, b in zip(noise[::2], noise[1::2])])
-    latents = sample(models.denoiser, arcs, dataclasses.replace(models.config, eta=0.0))[-1]
-    path, columns = output / "interpolation" / f"noises_epoch_{models.epoch}.png", [f"{w:g}" for w in weight.tolist()]
-    images = models.decode(latents.unflatten(0, (-1, 9)))
-    save_grid(path, images, [], columns, "From one noise to another (spherical)")
-
-
-def gaussian_of_posteriors(posteriors: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gaussian that has mean and covariance of latents drawn from posteriors (N, 2C, H, W).
-
-    Returns its mean (D,) and a matrix A (D, D) with A A^T its covariance, D = CHW, in float64 on the CPU. A comes from
-    the covariance's eigenvectors, so that there may be fewer latents than dimensions.
-    """
-    means, stds = (part.flatten(1).cpu().double() for part in posteriors.chunk(2, dim=1))  # (N, D)
-    covariance = torch.cov(means.T, correction=0) + torch.diag(stds.square().mean(dim=0))
-    variances, axes = torch.linalg.eigh(covariance)
-    return means.mean(dim=0), axes * variances.clamp(min=0).sqrt()
-
-
-def save_prior(models: TrainedModels, posteriors: Tensor, output: Path) -> None:
-    """Images decoded from three distributions of latents: the autoencoder's prior, a Gaussian fitted to the training
-    set's `posteriors` (N, 2C, 7, 7), and the diffusion. They share their noise."""
-    noise, autoencoder = models.noise(36), models.autoencoder
-    mean, factor = gaussian_of_posteriors(posteriors)
-    fitted = (mean + noise.flatten(1).cpu().double() @ factor.T).float().view(noise.shape).to(noise.device)
-    figure = Figure(figsize=(12.6, 4.1))
-    for axes, title, latents in zip(
-        figure.subplots(1, 3, gridspec_kw={"wspace": 0.06}),
-        ("the autoencoder's prior, N(0, I)", "a Gaussian fitted to the latents", "the diffusion"),
-        ((noise - autoencoder.latent_mean) / autoencoder.latent_std, fitted,
-         sample(models.denoiser, noise, models.config)[-1]),
-    ):  # fmt: skip
-        draw_grid(axes, models.decode(latents.unflatten(0, (6, 6))), [], [])
-        axes.set_title(title, fontsize=12)
-    save_figure(figure, output / "prior" / f"prior_epoch_{models.epoch}.png")
-
-
-def save_all_figures(models: TrainedModels, data: Data, output: Path) -> None:
+def save_all_figures(models: Models, data: Data, output: Path) -> None:
     """Every figure that a trained model has."""
     started = time.perf_counter()
-    images, labels = data.validation_images, data.validation_labels
-    latents = encode_images(models.autoencoder, images)
     save_loss_curves(models.history, output / "loss_curves.png")
-    save_reconstructions(models.autoencoder, images, labels, output / "reconstruction" / "reconstruction.png")
-    save_latent_space(latents, labels, output / "latent_space" / "latent_space.png")
-    save_unconditional_samples(models, output)
-    subjects = {f"sample {index}": None for index in range(10)}
-    trajectories = draw_trajectories(models, 4 * len(subjects), PATH_STEPS)
-    save_trajectories(models, trajectories, subjects, latents, labels, output)
-    save_noise_interpolation(models, output)
-    save_prior(models, encode_posteriors(models.autoencoder, data.train_images[:10_000]), output)
-    tqdm.write(f"figures of epoch {models.epoch} written in {time.perf_counter() - started:.0f} s")
+    save_samples(models, output)
+    save_trajectories(models, data, output)
+    save_own_figures(models, data, output)
+    seconds = time.perf_counter() - started
+    tqdm.write(f"figures of epoch {models.epoch} written in {seconds:.0f} s")
 
 
-# =====================================================================================================================
-# main
-# =====================================================================================================================
+def save_requested_samples(models: Models, request: argparse.Namespace, output: Path) -> None:
+    """A PNG of the samples that --class and --num-samples ask for: of one class, or all in turn."""
+    labels = labels_in_turn(request.num_samples or 16, models.device)
+    title = "samples" if request.label is None else [*CLASS_NAMES, "no class"][request.label]
+    labels = labels if request.label is None else torch.full_like(labels, request.label)
+    images, columns = generate_samples(models, labels), min(8, len(labels))
+    blanks = images.new_full((-len(images) % columns, 1, 28, 28), 96)
+    images = torch.cat([images, blanks]).unflatten(0, (-1, columns))
+    name = "samples.png" if request.label is None else f"samples_{re.sub('[/ ]', '-', title)}.png"
+    path = output / "samples" / name
+    save_grid(path, images, [], [], f"{title}, seed {models.config.sampling_seed}")
+    print(f"samples: {path}")
 
 
-def build_parser() -> CommandLine:
-    """A parser with the flags of every script of this repository."""
-    raw, switch = argparse.RawDescriptionHelpFormatter, {"action": "store_true"}
-    parser = CommandLine(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--fresh", help="start over; the old run moves to OUTPUT_DIR/old_runs (switch)", **switch)
-    parser.add_argument("--sample-only", help="no training: all figures, or the samples asked for (switch)", **switch)
-    parser.add_argument("--quick", help="the whole pipeline, tiny, into output/quick (switch)", **switch)
-    text = "write N samples to OUTPUT_DIR/samples.npz (int, 1 to 1000000; default: none)"
-    parser.add_argument("--export-samples", type=bounded(int, 1, 10**6), metavar="N", help=text)
-    text = "with --sample-only: a PNG of N samples (int, 1 to 10000; default: 16)"
-    parser.add_argument("--num-samples", type=bounded(int, 1, 10_000), metavar="N", help=text)
-    parser.add_config(Config)
-    return parser
-
-
-def parse_command_line(parser: CommandLine, argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
-    """Returns the fields of `Config` that were given, and what is asked for once."""
-    request = parser.parse_args(argv)
-    if not request.sample_only and (request.num_samples or getattr(request, "label", None) is not None):
-        parser.error("--class and --num-samples go with --sample-only")
-    if request.sample_only and request.fresh:
-        parser.error("--fresh starts a training, --sample-only has none")
-    fields = [field.name for field in dataclasses.fields(Config)]
-    return {name: getattr(request, name) for name in fields if hasattr(request, name)}, request
-
-
-def build_stages(config: Config, images: int, device: torch.device) -> list[Stage]:
-    """Both stages at step 0; the initial weights depend on the seed alone."""
-    torch.manual_seed(derived_seed(config.seed, "initial weights"))
-    autoencoder = VariationalAutoencoder(config.latent_channels, config.autoencoder_width).to(device)
-    denoiser = UnconditionalLatentUNet(config.latent_channels, config.width).to(device)
-    recipe = config.autoencoder_batch_size, config.autoencoder_epochs, config.autoencoder_learning_rate, config
-    elbo = partial(negative_elbo, kl_weight=config.kl_weight)
-    loss_fn = on_posteriors(noise_prediction_loss)
-    return [
-        Stage("autoencoder", autoencoder, elbo, images, *recipe),
-        Stage("diffusion", denoiser, loss_fn, images, config.batch_size, config.epochs, config.learning_rate, config),
-    ]
-
-
-def run_training(
-    config: Config, data: Data, output: Path, checkpoint: dict | None, device: torch.device
-) -> TrainedModels:
-    """Trains both stages to their last epochs and draws the figures. Returns the averaged models."""
-    autoencoder, diffusion = build_stages(config, len(data.train_images), device)
-    run = Run(config, output, [autoencoder, diffusion], checkpoint)
-    models = TrainedModels.of_stages(run.stages, config, run.history)
-    if diffusion.step and autoencoder.step < autoencoder.total_steps:
-        raise ExperimentError("--autoencoder-epochs cannot change once the second stage has begun: see --fresh")
-    run.write_metrics()
-    announce_plan(run, [[data.train_images], [models.noise(diffusion.batch_size).repeat(1, 2, 1, 1)]])
-
-    def after_autoencoder_epoch() -> None:
-        path = output / "reconstruction" / f"reconstruction_epoch_{autoencoder.epoch}.png"
-        save_reconstructions(models.autoencoder, data.validation_images, data.validation_labels, path)
-
-    def after_diffusion_epoch() -> None:
-        if diffusion.epoch % config.figures_every == 0 and diffusion.step < diffusion.total_steps:
-            save_all_figures(models, data, output)
-        else:
-            save_unconditional_samples(models, output)
-
-    train(run, autoencoder, [data.train_images], [data.validation_images], after_autoencoder_epoch)
-    if diffusion.step == 0:
-        models.autoencoder.set_statistics(encode_posteriors(models.autoencoder, data.train_images))
-    posteriors = encode_posteriors(models.autoencoder, data.train_images)
-    held_out = [encode_posteriors(models.autoencoder, data.validation_images)]
-    means = posteriors[:, : config.latent_channels] * models.autoencoder.latent_std  # as the prior counts them
-    print(f"autoencoder: {active_units(means):.0%} of the latents are active")
-    train(run, diffusion, [posteriors], held_out, after_diffusion_epoch)
-    save_all_figures(models, data, output)
-    return models
-
-
-def load_trained(output: Path, device: str = "auto", **changes) -> TrainedModels:
-    """The averaged models of a run, in evaluation mode.
-
-    Args:
-        output: the run's output folder.
-        device: as the flag --device.
-        changes: fields of `Config` that differ from the run's, such as guidance_scale or sampling_seed.
-
-    Raises ExperimentError if there are no trained models, or if a change contradicts them.
-    """
-    checkpoint = find_checkpoint(output / "checkpoints", Config)
-    if checkpoint is None or checkpoint["stages"]["diffusion"]["step"] == 0:
-        raise ExperimentError(f"there is no trained model in {output}: run without --sample-only to train one")
-    config = settle_config(Config, {}, changes, checkpoint)
-    stages = build_stages(config, 1, pick_device(device))
-    for stage in stages:
-        load_state(stage.ema, checkpoint["stages"][stage.name]["ema"])
-    models = TrainedModels.of_stages(stages, config, checkpoint["history"])
-    print(f"{VERSION}: models of {output}, {models.epoch} epochs, torch {torch.__version__}")
-    return models
-
-
-def save_requested_samples(models: TrainedModels, request: argparse.Namespace, output: Path) -> None:
-    """A PNG of the samples that --num-samples asks for."""
-    seed = models.config.sampling_seed
-    images = generate_samples(models, request.num_samples)
-    save_sheet(output / "samples" / "samples.png", images, f"{VERSION}, seed {seed}")
-
-
-def export_samples(models: TrainedModels, count: int, output: Path) -> None:
-    """Writes `count` samples as npz: arr_0 uint8 (N, 28, 28, 1), arr_1 int64 (N,), all -1: there are no classes."""
-    started = time.perf_counter()
-    path = save_npz(generate_samples(models, count), torch.full((count,), -1), models.config.sampling_seed, output)
-    print(f"{path}: {count} samples in {time.perf_counter() - started:.1f} s")
-
-
-def save_npz(images: Tensor, labels: Tensor, seed: int, output: Path) -> Path:
-    """Writes images (N, 1, 28, 28) uint8 and labels (N,) in the layout of guided-diffusion. Returns the path."""
-    content = io.BytesIO()
-    np.savez_compressed(content, images.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy())
-    path = output / (f"samples_seed_{seed}.npz" if seed else "samples.npz")
-    write_atomically(path, content.getvalue())
-    return path
-
-
-def run_sampling(models: TrainedModels, output: Path, request: argparse.Namespace) -> None:
-    """Serves --sample-only: a PNG of the samples asked for or, where nothing is, every figure."""
-    if request.num_samples or getattr(request, "label", None) is not None:
-        save_requested_samples(models, request, output)
-    elif not request.export_samples:
-        data = load_fashion_mnist(find_data_dir(models.config), models.config.train_images, models.device)
-        save_all_figures(models, data, output)
+# --- main -----------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    given, request = parse_command_line(build_parser(), argv)
-    folder = Path(__file__).resolve().parent / "output"
-    output = Path(os.path.abspath(given.get("output_dir") or (folder / "quick" if request.quick else folder)))
+    """Trains or resumes, or samples, as the command line says."""
+    given, request = parse_command_line(argv)
+    here = Path(__file__).resolve().parent
+    weights = here / "pretrained"
+    if request.pretrained and not weights.is_dir():
+        raise ExperimentError(f"there is no {weights}: no weights come with this script")
+    folder = "quick" if request.quick else "pretrained" if request.pretrained else ""
+    output = Path(given.get("output_dir") or here / "output" / folder).expanduser()
+    output = Path(os.path.abspath(output))
     with locked_output(output):
         if request.sample_only:
-            models = load_trained(output, **given)
-            run_sampling(models, output, request)
+            models = load_trained(weights if request.pretrained else output, **given)
+            if request.num_samples or request.label is not None:
+                save_requested_samples(models, request, output)
+            elif not request.export_samples:
+                data = load_fashion_mnist(models.config, models.device)
+                save_all_figures(models, data, output)
         else:
-            checkpoint = None if request.fresh else find_checkpoint(output / "checkpoints", Config)
-            config = settle_config(Config, QUICK if request.quick else {}, given, checkpoint)
-            device = pick_device(config.device)
+            checkpoint = None if request.fresh else find_checkpoint(output / "checkpoints")
+            device = pick_device(given.get("device", "auto"))
+            config = settle(default_settings(device, request.quick), given, checkpoint)
             state = "resumed" if checkpoint else "fresh"
             print(f"{VERSION} on {device}, torch {torch.__version__}, {state}; output: {output}")
-            data = load_fashion_mnist(find_data_dir(config), config.train_images, device)
+            print("will train the remaining steps, then write the figures")
+            if request.quick:
+                print("--quick: its pictures are noise and only show that the installation works")
+            data = load_fashion_mnist(config, device)
             if request.fresh:
-                move_aside(output, OUTPUTS)
-            set_damaged_aside(output / "checkpoints")
-            models = run_training(with_recipe(config, device), data, output, checkpoint, device)
+                move_aside(output)
+            run = Run(config, data, output, checkpoint)
+            train_stages(run, run.models, data)
+            models = run.models
+            save_all_figures(models, data, output)
         if request.export_samples:
             export_samples(models, request.export_samples, output)
 
 
 def exit_status(main_function: Callable[[], None]) -> int:
-    """Calls `main_function`; what a user can mend, or has asked for, becomes one line and an exit status."""
+    """Calls `main_function`; what a user can mend, or has asked for, becomes one line and an exit
+    status."""
     matplotlib.rcdefaults()
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    streams = (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in streams)  # noqa: SIM115
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main_function()
@@ -1464,7 +1654,7 @@ def exit_status(main_function: Callable[[], None]) -> int:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         status, line = 1, f"error: {error.strerror or error}{where}; any earlier checkpoint stands"
-    print(" ".join(line.splitlines()), file=sys.stderr)  # even the name of a file may have several
+    print(" ".join(line.splitlines()), file=sys.stderr)  # even a file's name may have several
     return status
 
 

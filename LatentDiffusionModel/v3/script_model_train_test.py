@@ -27,6 +27,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
@@ -67,7 +69,8 @@ class Config:
 
 
 # ==================================================================================================
-# The process: rectified flow. t is 0 at the data and 1 at the noise.
+# The process: rectified flow. t is 0 at the data and 1 at the noise (Liu et al. count from noise).
+# Names that are not defined here, such as Rng, Models or Fresh, are the harness's, below.
 # ==================================================================================================
 
 
@@ -114,7 +117,8 @@ def integrate(
     """Solves dx/dt = v(x, t) from noise (B, C, H, W) at t=1 to data at t=0 in `steps` equal steps.
 
     "euler" is of first order; "heun" (the explicit trapezoidal rule) of second, two evaluations per
-    step. Yields the steps + 1 states x, and with each the model's guess E[x_0 | x_t] = x - t v.
+    step. Yields the steps + 1 states x, and with each the model's guess E[x_0 | x_t] = x - t v,
+    since x_t = x_0 + t (noise - x_0).
     """
     x = noise
     for step in range(steps):
@@ -396,7 +400,8 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         after_epoch=partial(save_reconstructions, models, data, run.output),
     )
     autoencoder = models.autoencoder["autoencoder"]
-    autoencoder.set_statistics(in_chunks(autoencoder.raw_encode, data.train_images))
+    if not run.begun("diffusion"):  # the flow's noise has variance 1, so must its data
+        autoencoder.set_statistics(in_chunks(autoencoder.raw_encode, data.train_images))
     run.train(
         "diffusion",
         partial(rectified_flow_loss, class_dropout=config.class_dropout),
@@ -556,8 +561,10 @@ import argparse
 import collections
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -566,7 +573,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -607,6 +614,25 @@ class Settings(Config):
     figures_every: int = option(50, "epochs between full figures", 1, 100_000, resume="keep")
     sampling_seed: int = option(0, "seed of the samples' noise", 0, 2**31 - 1, resume="local")
 
+    def __post_init__(self):
+        """Raises ExperimentError if a value is out of its limits."""
+        for field in dataclasses.fields(self):
+            rules, value = field.metadata, getattr(self, field.name)
+            low, high, unit = rules["low"], rules["high"], rules["multiple"] or 1
+            outside = low is not None and not low <= value <= high
+            odd = unit > 1 and value % unit > 0
+            if outside or odd or (rules["choices"] and value not in rules["choices"]):
+                flag = f"--{field.name.replace('_', '-')}"
+                raise ExperimentError(f"{flag}: {value!r} is not {allowed_values(rules)}")
+
+
+def allowed_values(rules: Mapping) -> str:
+    """The limits of a setting in words, from the metadata that `option` gave it."""
+    if rules["choices"]:
+        return f"one of {', '.join(rules['choices'])}"
+    words = "" if rules["low"] is None else f"{rules['low']:.10g} to {rules['high']:.10g}"
+    return words + (f", a multiple of {rules['multiple']}" if rules["multiple"] else "")
+
 
 class ExperimentError(Exception):
     """What ends a run with one line and an exit status: 2 for bad input, 128 + n for signal n."""
@@ -623,27 +649,12 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())} (--help describes every flag)\n")
 
 
-def bounded(kind: type, low, high, multiple=None) -> Callable[[str], object]:
-    """Returns the function that turns a flag's text into a `kind` from low to high (None: any)."""
-
-    def parse(text: str):
-        value = kind(text)
-        if low is not None and not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low:.10g} to {high:.10g}")
-        if multiple is not None and value % multiple:
-            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}")
-        return value
-
-    parse.__name__ = kind.__name__  # for argparse's own messages
-    return parse
-
-
 def class_label(text: str) -> int:
     """The label of a class given by name ("T-shirt/top", "ankle-boot"), in any punctuation."""
     titles = [*CLASS_NAMES, "no class"]
     names = [re.sub("[^a-z]", "", name.lower()) for name in (*titles, text)]
     if names[-1] not in names[:-1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(titles)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(titles)}")
     return names.index(names[-1])
 
 
@@ -658,25 +669,21 @@ def parse_command_line(argv: list[str] | None) -> tuple[dict, argparse.Namespace
         "--pretrained": "with --sample-only: from the weights in pretrained/ (switch)",
     }.items():
         parser.add_argument(flag, help=text, action="store_true")
-    text = "write N samples to OUTPUT_DIR/samples.npz (int, 1 to 1000000; default: none)"
-    parser.add_argument("--export-samples", type=bounded(int, 1, 10**6), metavar="N", help=text)
-    text = "with --sample-only: a PNG of N samples (int, 1 to 10000; default: 16)"
-    parser.add_argument("--num-samples", type=bounded(int, 1, 10**4), metavar="N", help=text)
-    text = "with --sample-only: a PNG of this class (str, or 'no class'; default: all in turn)"
+    text = "write N samples to OUTPUT_DIR/samples.npz (default: none)"
+    parser.add_argument("--export-samples", type=int, metavar="N", help=text)
+    text = "with --sample-only: a PNG of N samples (default: 16)"
+    parser.add_argument("--num-samples", type=int, metavar="N", help=text)
+    text = "with --sample-only: a PNG of this class, or of 'no class' (default: all in turn)"
     parser.add_argument("--class", dest="label", type=class_label, metavar="NAME", help=text)
     for field in dataclasses.fields(Settings):
         rules, kind = field.metadata, type(field.default)
-        text = f"{rules['help']} ({kind.__name__}"
-        text += "" if rules["low"] is None else f", {rules['low']:.10g} to {rules['high']:.10g}"
-        text += "" if rules["multiple"] is None else f", a multiple of {rules['multiple']}"
-        text += f"; default: {field.default!r}"
+        text = "; ".join(filter(None, [allowed_values(rules), f"default: {field.default!r}"]))
         text += "" if rules["gpu"] is None else f", on a GPU {rules['gpu']!r}"
-        text += ")" if rules["quick"] is None else f", with --quick {rules['quick']!r})"
-        parse = bounded(kind, rules["low"], rules["high"], rules["multiple"])
-        how = {"choices": rules["choices"]} if rules["choices"] else {"type": parse}
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-        how |= {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **how)
+        text += "" if rules["quick"] is None else f", with --quick {rules['quick']!r}"
+        text = f"{rules['help']} ({text})".replace("%", "%%")
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        flag, name = f"--{field.name.replace('_', '-')}", field.name
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
     request = parser.parse_args(argv)
     if not request.sample_only and (request.num_samples or request.label is not None):
         parser.error("--class and --num-samples go with --sample-only")
@@ -685,9 +692,14 @@ def parse_command_line(argv: list[str] | None) -> tuple[dict, argparse.Namespace
     if request.pretrained and (request.quick or not request.sample_only):
         parser.error("--pretrained goes with --sample-only, and not with --quick")
     if request.label is not None and not CONDITIONAL:
-        parser.error(f"--class: {VERSION} knows no classes")
+        parser.error(f"--class: {VERSION} has no classes")
+    for count in (request.export_samples, request.num_samples):
+        if count is not None and not 1 <= count <= 10**6:
+            parser.error(f"--export-samples and --num-samples: {count} is not 1 to 1000000")
     names = [field.name for field in dataclasses.fields(Settings)]
-    return {name: getattr(request, name) for name in names if hasattr(request, name)}, request
+    given = {name: getattr(request, name) for name in names if hasattr(request, name)}
+    Settings(**given)  # checks them
+    return given, request
 
 
 def default_settings(device: torch.device, quick: bool = False) -> dict:
@@ -717,8 +729,8 @@ def settle(defaults: dict, given: dict, checkpoint: dict | None) -> Settings:
     if names:
         clashes = [f"{name} is {stored[name]!r} there and {given[name]!r} here" for name in names]
         raise ExperimentError(
-            f"the checkpoint was trained with another configuration: {', '.join(clashes)}. Leave "
-            "these flags out to go on, choose another --output-dir, or start over with --fresh"
+            f"the checkpoint was trained with other settings: {', '.join(clashes)}. Leave these "
+            "flags out to go on, choose another --output-dir, or start over with --fresh"
         )
     return Settings(**defaults | stored | given)
 
@@ -732,7 +744,7 @@ def pick_device(name: str) -> torch.device:
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ExperimentError(f"device {name!r} is none of auto, cpu, cuda, cuda:N, mps")
+        raise ExperimentError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -761,22 +773,29 @@ def derived_seed(*parts) -> int:
 
 
 class Rng:
-    """The random numbers of a batch: a loss draws from here alone, never from global generators."""
+    """The random numbers of a batch: a loss draws from here alone, never from global generators.
 
-    def __init__(self, seed: int, device: torch.device):
-        self.place = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    Args:
+        seed: what they depend on, and on `source`.
+        device: where they are wanted.
+        source: where they are drawn; if None, there. The CPU's are the same on every device.
+    """
+
+    def __init__(self, seed: int, device: torch.device, source: torch.device | None = None):
+        generator = torch.Generator(source or device).manual_seed(seed)
+        self.device, self.how = device, {"generator": generator, "device": generator.device}
 
     def randn(self, *shape: int) -> Tensor:
-        """Standard normal numbers; the first axis is the batch's."""
-        return torch.randn(shape, **self.place)
+        """Standard normal numbers; the first axis is always the batch's."""
+        return torch.randn(shape, **self.how).to(self.device)
 
     def rand(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1)."""
-        return torch.rand(shape, **self.place)
+        return torch.rand(shape, **self.how).to(self.device)
 
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         """Whole numbers from low to high - 1."""
-        return torch.randint(low, high, shape, **self.place)
+        return torch.randint(low, high, shape, **self.how).to(self.device)
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -916,7 +935,7 @@ def read_checkpoint(path: Path) -> dict:
 
 def find_checkpoint(folder: Path) -> dict | None:
     """The newest readable checkpoint, or None where there has been none. A damaged last.pt beside a
-    good previous.pt is renamed, lest the next save put it in the place of that.
+    good previous.pt is renamed, so that the next save does not overwrite the good one with it.
 
     Raises ExperimentError if none can be read, or if it is of another version or format.
     """
@@ -933,7 +952,7 @@ def find_checkpoint(folder: Path) -> dict | None:
             raise ExperimentError(f"no checkpoint in {folder} can be read: start over with --fresh")
         return None
     if path != last:
-        print(f"warning: {last} is missing or damaged, going on from {path}")
+        print(f"warning: {last} is missing or damaged, continuing from {path}")
         with contextlib.suppress(OSError):
             os.replace(last, folder / f"damaged_{time.time_ns()}.pt")
     advice = "choose another --output-dir, or start over with --fresh"
@@ -941,9 +960,9 @@ def find_checkpoint(folder: Path) -> dict | None:
         raise ExperimentError(f"{path} belongs to {content['version']}, not to {VERSION}: {advice}")
     keys, config = {*CHECKPOINT, "config", "stages", "history"}, content.get("config")
     if content["format"] != CHECKPOINT["format"] or content.keys() != keys:
-        raise ExperimentError(f"{path} is of another release: {advice}")
+        raise ExperimentError(f"{path} was written by another release: {advice}")
     if not isinstance(config, dict) or config.keys() != stored_settings("match", "keep"):
-        raise ExperimentError(f"{path} holds other settings: {advice}")
+        raise ExperimentError(f"{path} has a different set of settings: {advice}")
     return content
 
 
@@ -972,16 +991,18 @@ def locked_output(folder: Path) -> Iterator[None]:
             message = f"another run is using {folder}: choose another --output-dir"
             raise ExperimentError(message) from None
         except OSError as error:
-            print(f"warning: cannot lock {folder} ({error.strerror}): let no other run use it")
+            print(
+                f"warning: cannot lock {folder} ({error.strerror}): make sure no other run uses it"
+            )
         yield
 
 
 def move_aside(folder: Path) -> None:
     """Moves an old run to old_runs/<time>/: what all runs write, its checkpoints first, and every
     folder of figures, known by the epoch in their names."""
-    names = ("checkpoints", "metrics.csv", "loss_curves.png", "samples*")
+    names = ("checkpoints", "metrics.csv", "loss_curves.png", "samples", "samples*.npz")
     written = [path for name in names for path in sorted(folder.glob(name))]
-    figures = {path.parent for path in folder.glob("*/*_epoch_*")} - {*written}
+    figures = {path.parent for path in folder.glob("*/*_epoch_*.[pg][ni][gf]")} - {*written}
     attic = folder / "old_runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
     for path in [*written, *sorted(figures)]:
         attic.mkdir(parents=True, exist_ok=True)
@@ -1019,34 +1040,26 @@ def initial_networks(config: Settings, device: torch.device) -> dict[str, nn.Mod
         return {name: network.to(device) for name, network in build_networks(config).items()}
 
 
-def learning_rate_factor(step: int, total_steps: int) -> float:
-    """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps.
-
-    A finished run that is given more epochs follows the longer plan, at a higher rate again.
-    """
-    return max(0.0, min(1.0, (step + 1) / 100, (total_steps - step) / (0.4 * total_steps + 1)))
-
-
-@dataclasses.dataclass
 class Stage:
-    """One stage of training: its network, the moving average of that, and where it stands."""
+    """One stage of training: a network, its moving average and optimizer, and where it stands.
 
-    name: str
-    network: nn.Module
-    average: AveragedModel
-    loss: Callable[..., Tensor]
-    batch_size: int
-    steps_per_epoch: int
-    total_steps: int
-    peak_learning_rate: float
-    step: int = 0
-    loss_sum: float = 0.0  # of the epoch under way, as are the seconds
-    seconds: float = 0.0
+    Args:
+        loss: as of `Run.train`.
+        images: size of the training set; an incomplete last batch of an epoch is left out.
+    """
 
-    def __post_init__(self):
-        parameters, rate = self.network.parameters(), self.peak_learning_rate
-        self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), fused=True)
-        self.parts = {"model": self.network, "ema": self.average, "optimizer": self.optimizer}
+    def __init__(
+        self, name: str, network: nn.Module, average: AveragedModel, loss: Callable[..., Tensor],
+        images: int, *, epochs: int, batch_size: int, learning_rate: float,
+    ):  # fmt: skip
+        self.name, self.network, self.average, self.loss = name, network, average, loss
+        self.batch_size, self.peak_learning_rate = min(batch_size, images), learning_rate
+        self.steps_per_epoch = images // self.batch_size
+        self.total_steps = epochs * self.steps_per_epoch
+        parameters, betas = network.parameters(), (0.9, 0.99)
+        self.optimizer = torch.optim.AdamW(parameters, learning_rate, betas, fused=True)
+        self.parts = {"model": network, "ema": average, "optimizer": self.optimizer}
+        self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0  # the last two of the epoch under way
 
     @property
     def epoch(self) -> int:
@@ -1054,8 +1067,10 @@ class Stage:
         return self.step // self.steps_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of `step`."""
-        return self.peak_learning_rate * learning_rate_factor(step, self.total_steps)
+        """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps. A
+        finished run that is given more epochs follows the longer plan, at a higher rate again."""
+        left = (self.total_steps - step) / (0.4 * self.total_steps + 1)
+        return self.peak_learning_rate * max(0.0, min(1.0, (step + 1) / 100, left))
 
     def state(self) -> dict:
         """All that the stage needs to go on with the same bits."""
@@ -1070,6 +1085,15 @@ class Stage:
         if self.step > self.total_steps:
             message = f"{self.name} has been trained for more epochs already: {self.epoch}"
             raise ExperimentError(message)
+
+    def close_epoch(self, validation: float) -> dict:
+        """Starts the sums of the next epoch. Returns the row of the history for this one."""
+        losses = {"train_loss": self.loss_sum / self.steps_per_epoch, "validation_loss": validation}
+        rate = self.steps_per_epoch * self.batch_size / self.seconds
+        row = {"stage": self.name, "epoch": self.epoch, "step": self.step, **losses}
+        row |= {"learning_rate": self.learning_rate(self.step - 1), "seconds": self.seconds}
+        self.loss_sum = self.seconds = 0.0
+        return row | {"images_per_second": rate}
 
 
 class Run:
@@ -1097,17 +1121,17 @@ class Run:
         Args:
             loss: `loss(network, *batch, rng)` returns the mean loss of a batch, rows of `arrays`;
                 uint8 images come to it as floats in [-1, 1].
-            arrays: the training set, (N, ...) each. What fills no batch waits for another epoch.
+            arrays: the training set, (N, ...) each.
             held_out: the same of the validation set.
             after_epoch: called with the number of each complete epoch; if None, `Run.draw` is.
 
         Raises ExperimentError after a signal, or if the loss is not finite.
         """
-        size = min(batch_size, len(arrays[0]))
-        steps, network = len(arrays[0]) // size, self.networks[name]
-        stage = Stage(
-            name, network, self.averages[name], loss, size, steps, epochs * steps, learning_rate
-        )
+        network, images, trained = self.networks[name], len(arrays[0]), loss
+        if self.config.compile:
+            trained = torch.compile(loss)
+        plan = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+        stage = Stage(name, network, self.averages[name], trained, images, **plan)
         self.stages[name] = stage
         if name in self.restored:
             stage.restore(self.restored[name])
@@ -1116,9 +1140,12 @@ class Run:
             raise ExperimentError(f"the epochs of {name} {reason}")
         size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(f"{name}: {size:.2f} M parameters, step {stage.step} of {stage.total_steps}")
-        if self.config.compile:
-            network.compile()
-        train_steps(self, stage, arrays, held_out, after_epoch or self.draw)
+        validate = partial(validation_loss, loss, stage.average.module, held_out)
+        train_steps(self, stage, arrays, validate, after_epoch or self.draw)
+
+    def begun(self, name: str) -> bool:
+        """Whether the stage of that name had begun when the run was resumed."""
+        return name in self.restored
 
     def draw(self, epoch: int) -> None:
         """Draws samples after an epoch of the diffusion, now and then all figures. Those of the
@@ -1131,15 +1158,11 @@ class Run:
             save_samples(self.models, self.output)
 
     def save(self) -> None:
-        """Writes a checkpoint, and metrics.csv."""
+        """Writes a checkpoint, and the history as metrics.csv, a row an epoch."""
         config = {name: getattr(self.config, name) for name in stored_settings("match", "keep")}
         stages = {name: stage.state() for name, stage in self.stages.items()}
         content = CHECKPOINT | {"config": config, "stages": stages, "history": self.history}
         save_checkpoint(content, self.output / "checkpoints")
-        self.write_metrics()
-
-    def write_metrics(self) -> None:
-        """Writes the history as metrics.csv, a row an epoch."""
         text, columns = io.StringIO(), self.history[0] if self.history else ["stage"]
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
@@ -1151,19 +1174,21 @@ class Run:
 def noted_signals() -> Iterator[list[int]]:
     """Here the first SIGINT or SIGTERM only joins the list; a second one acts at once."""
     noted, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    heeded = [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
 
     def note(signum, frame):
         noted.append(signum)
-        for number in handlers:
+        for number in heeded:
             signal.signal(number, signal.SIG_DFL)
 
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     handlers = {number: signal.signal(number, note) for number in heeded}
     try:
         yield noted
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if noted:  # too late for the loop to heed it
+        signal.raise_signal(noted[0])
 
 
 def train_step(stage: Stage, batch: list[Tensor], rng: Rng) -> Tensor:
@@ -1181,18 +1206,20 @@ def train_step(stage: Stage, batch: list[Tensor], rng: Rng) -> Tensor:
 
 
 @torch.inference_mode()
-def validation_loss(stage: Stage, arrays: tuple[Tensor, ...]) -> float:
-    """The averaged weights' mean loss over `arrays`, with the same noise and times every time."""
-    rng, total = Rng(0, arrays[0].device), 0.0
-    with autocast(arrays[0].device):
+def validation_loss(
+    loss: Callable[..., Tensor], network: nn.Module, arrays: tuple[Tensor, ...]
+) -> float:
+    """The network's mean loss over `arrays`, with the same noise and times at every call."""
+    device, total = arrays[0].device, 0.0
+    rng = Rng(0, device, source=torch.device("cpu"))
+    with autocast(device):
         for batch in zip(*(array.split(500) for array in arrays)):
-            loss = stage.loss(stage.average.module, *map(to_float, batch), rng)
-            total += loss.item() * len(batch[0])
+            total += loss(network, *map(to_float, batch), rng).item() * len(batch[0])
     return total / len(arrays[0])
 
 
 def train_steps(
-    run: Run, stage: Stage, arrays: tuple[Tensor, ...], held_out: tuple[Tensor, ...],
+    run: Run, stage: Stage, arrays: tuple[Tensor, ...], validate: Callable[[], float],
     after_epoch: Callable[[int], None],
 ) -> None:  # fmt: skip
     """The steps that `Run.train` has still to do.
@@ -1223,7 +1250,9 @@ def train_steps(
             stage.seconds += time.perf_counter() - started
             bar.update(size)
             if epoch_ends:
-                close_epoch(run, stage, validation_loss(stage, held_out), verbose=bar.disable)
+                run.history.append(stage.close_epoch(validate()))
+                if bar.disable:
+                    print_epoch(stage, run.history[-1])
             if saving:
                 run.save()
                 saved_at = time.monotonic()
@@ -1249,20 +1278,13 @@ def add_losses(run: Run, stage: Stage, pending: list[Tensor], bar: tqdm) -> None
     pending.clear()
 
 
-def close_epoch(run: Run, stage: Stage, validation: float, verbose: bool) -> None:
-    """Adds a row to the history, and starts the sums of the next epoch."""
-    rate = stage.steps_per_epoch * stage.batch_size / stage.seconds
-    row = {"stage": stage.name, "epoch": stage.epoch, "step": stage.step}
-    row |= {"train_loss": stage.loss_sum / stage.steps_per_epoch, "validation_loss": validation}
-    row |= {"learning_rate": stage.learning_rate(stage.step - 1)}
-    row |= {"seconds": stage.seconds, "images_per_second": rate}
-    run.history.append(row)
-    stage.loss_sum = stage.seconds = 0.0
-    if verbose:
-        minutes = (stage.total_steps - stage.step) * stage.batch_size / rate / 60
-        epochs = f"epoch {stage.epoch} of {stage.total_steps // stage.steps_per_epoch}"
-        losses = f"loss {row['train_loss']:.4f}, validation {validation:.4f}"
-        print(f"{stage.name}: {epochs}, {losses}, {rate:.0f} images/s, {minutes:.1f} min left")
+def print_epoch(stage: Stage, row: dict) -> None:
+    """A line an epoch, for where there is no bar."""
+    rate, epochs = row["images_per_second"], stage.total_steps // stage.steps_per_epoch
+    minutes = (stage.total_steps - stage.step) * stage.batch_size / rate / 60
+    losses = f"loss {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}"
+    text = f"{stage.name}: epoch {stage.epoch} of {epochs}, {losses}, {rate:.0f} images/s"
+    print(f"{text}, {minutes:.1f} min left")
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -1298,11 +1320,14 @@ def noise_of_samples(models: Models, numbers: range) -> Fresh:
     seeds = [derived_seed("sample", seed, number) for number in numbers]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def draw() -> Tensor:
-        noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
-        return noise.to(models.device)
+    def stream() -> Iterator[Tensor]:
+        size = 1
+        while True:
+            blocks = [torch.randn(size, *shape, generator=each) for each in generators]
+            yield from torch.stack(blocks, dim=1).to(models.device)
+            size = 20  # in blocks, for a draw of one is slow
 
-    return draw
+    return stream().__next__
 
 
 @torch.inference_mode()
@@ -1349,12 +1374,13 @@ def load_trained(folder: Path, device: str = "auto", **changes) -> Models:
 
     Raises ExperimentError if there are no trained networks, or if a change contradicts them.
     """
-    checkpoint = find_checkpoint(folder / "checkpoints")
+    checkpoint = find_checkpoint(Path(folder) / "checkpoints")
     if checkpoint is None or "diffusion" not in checkpoint["stages"]:
         message = f"there is no trained model in {folder}: run without --sample-only to train one"
         raise ExperimentError(message)
     where = pick_device(device)
-    config, networks = settle(default_settings(where), changes, checkpoint), {}
+    changes["device"], networks = device, {}
+    config = settle(default_settings(where), changes, checkpoint)
     for name, network in initial_networks(config, where).items():
         average = AveragedModel(network).eval()
         load_state(average, checkpoint["stages"][name].get("ema"))
@@ -1558,7 +1584,7 @@ def save_trajectories(models: Models, data: Data, output: Path, rows: int = 4) -
         save_animation(images[:, index], noised[:, index], drawn.captions, title, path)
         shown = images[:, index :: len(titles)].transpose(0, 1)
         line = pca.transform(drawn.states[:, index].flatten(1).cpu().numpy())
-        heading = f"{rows} paths from noise to image, the first of them {title}"
+        heading = f"{rows} paths from noise to image; the first is {title}"
         strong = int(labels[index])
         figure = path_figure(shown, line, drawn.captions, scatter, classes, heading, strong)
         path = output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png"
@@ -1617,12 +1643,13 @@ def main(argv: list[str] | None = None) -> None:
             config = settle(default_settings(device, request.quick), given, checkpoint)
             state = "resumed" if checkpoint else "fresh"
             print(f"{VERSION} on {device}, torch {torch.__version__}, {state}; output: {output}")
-            print("to do: what is left of the training, then the figures")
+            print("will train the remaining steps, then write the figures")
+            if request.quick:
+                print("--quick: its pictures are noise and only show that the installation works")
             data = load_fashion_mnist(config, device)
             if request.fresh:
                 move_aside(output)
             run = Run(config, data, output, checkpoint)
-            run.write_metrics()
             train_stages(run, run.models, data)
             models = run.models
             save_all_figures(models, data, output)
