@@ -369,8 +369,8 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         learning_rate=config.autoencoder_learning_rate,
         after_epoch=partial(save_reconstructions, models, data, run.output),
     )
-    posteriors = in_chunks(autoencoder.posterior, data.train_images)
-    held_out = in_chunks(autoencoder.posterior, data.validation_images)
+    posteriors = once(autoencoder.posterior, data.train_images)
+    held_out = once(autoencoder.posterior, data.validation_images)
     if not run.begun("diffusion"):  # the diffusion's noise has variance 1, so must its data
         autoencoder.set_statistics(posteriors)
     active = active_units(posteriors.chunk(2, dim=1)[0])
@@ -537,32 +537,42 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import errno
+import gzip
 import hashlib
 import io
 import math
+import operator
 import os
 import re
 import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may be unknown here
 import matplotlib
+
+if backend is not None:
+    os.environ["MPLBACKEND"] = backend
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.datasets import FashionMNIST
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -580,6 +590,7 @@ class Settings(Config):
     """Every setting of a run, each of them also a flag: the experiment's, and these."""
 
     output_dir: str = option("", "folder for all that a run writes", resume="local")
+    run_dir: str = option("", "with --sample-only: output folder of the run", resume="local")
     data_dir: str = option("", "torchvision's root (empty: data/ here)", resume="local")
     device: str = option("auto", "cpu, cuda, cuda:N, mps; auto: the best", resume="local")
     compile: bool = option(False, "torch.compile the networks in training", resume="local")
@@ -621,7 +632,7 @@ class CommandLine(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {' '.join(message.split())} (--help describes every flag)\n")
+        raise ExperimentError(f"{message} (--help describes every flag)")
 
 
 def class_label(text: str) -> int:
@@ -641,7 +652,7 @@ def parse_command_line(argv: list[str] | None) -> tuple[dict, argparse.Namespace
         "--fresh": "start over; the old run moves to OUTPUT_DIR/old_runs (switch)",
         "--sample-only": "no training: all figures, or the samples asked for (switch)",
         "--quick": "the whole pipeline, tiny, into output/quick (switch)",
-        "--pretrained": "with --sample-only: from the weights in pretrained/ (switch)",
+        "--pretrained": "with --sample-only: from the weights that come along (switch)",
     }.items():
         parser.add_argument(flag, help=text, action="store_true")
     text = "write N samples to OUTPUT_DIR/samples.npz (default: none)"
@@ -664,8 +675,10 @@ def parse_command_line(argv: list[str] | None) -> tuple[dict, argparse.Namespace
         parser.error("--class and --num-samples go with --sample-only")
     if request.sample_only and request.fresh:
         parser.error("--fresh starts a training, --sample-only has none")
-    if request.pretrained and (request.quick or not request.sample_only):
-        parser.error("--pretrained goes with --sample-only, and not with --quick")
+    if not request.sample_only and (request.pretrained or hasattr(request, "run_dir")):
+        parser.error("--pretrained and --run-dir go with --sample-only")
+    if request.pretrained and (request.quick or hasattr(request, "run_dir")):
+        parser.error("--pretrained goes neither with --quick nor with --run-dir")
     if request.label is not None and not CONDITIONAL:
         parser.error(f"--class: {VERSION} has no classes")
     for count in (request.export_samples, request.num_samples):
@@ -682,7 +695,7 @@ def default_settings(device: torch.device, quick: bool = False) -> dict:
     settings = {}
     for field in dataclasses.fields(Settings):
         large, tiny = field.metadata["gpu"], field.metadata["quick"]
-        value = field.default if device.type == "cpu" or large is None else large
+        value = large if device.type == "cuda" and large is not None else field.default
         settings[field.name] = tiny if quick and tiny is not None else value
     return settings
 
@@ -714,32 +727,48 @@ def settle(defaults: dict, given: dict, checkpoint: dict | None) -> Settings:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA, else MPS, else the CPU. Raises ExperimentError."""
+    """The device called `name`; "auto" is CUDA, else MPS, else the CPU, also where the first of
+    them cannot be used. Raises ExperimentError if the one asked for cannot be used."""
+    wanted = name
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
+    if name == "cuda" and dist.is_initialized():  # each process of a machine has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ExperimentError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
     try:
-        torch.zeros(1, device=name)
+        torch.ones(8, 8, device=name).mm(torch.ones(8, 8, device=name)).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:150]
-        raise ExperimentError(f"cannot use device {name!r}: {reason}") from None
-    torch.set_float32_matmul_precision("high")  # TF32 where there is
+        reason = f"cannot use device {name!r}: {str(error).splitlines()[0][:150]}"
+        if wanted != "auto" or dist.is_initialized():
+            raise ExperimentError(reason) from None
+        print(f"warning: {reason}; going on with the CPU")
+        name = "cpu"
     device = torch.device(name)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is
+    torch.backends.cudnn.deterministic = True  # a resumed run ends with the same bits
     if device.index is not None:  # what asks for "the" GPU must mean this one
         torch.cuda.set_device(device)
     return device
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where hardware multiplies it: CUDA since Ampere, CPUs with AVX512-BF16 or AMX."""
+@contextlib.contextmanager
+def arithmetic(device: torch.device) -> Iterator[None]:
+    """How networks compute: in bfloat16 where hardware multiplies it (CUDA since Ampere, CPUs with
+    AVX512-BF16 or AMX), else in float32, whatever the caller's default is."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         able = getattr(torch.cpu, "get_capabilities", dict)()  # old releases cannot tell: float32
         native = device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(native))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(native)):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def derived_seed(*parts) -> int:
@@ -749,28 +778,106 @@ def derived_seed(*parts) -> int:
 
 class Rng:
     """The random numbers of a batch: a loss draws from here alone, never from global generators.
+    Every process draws those of the whole batch and keeps its own rows.
 
     Args:
         seed: what they depend on, and on `source`.
         device: where they are wanted.
         source: where they are drawn; if None, there. The CPU's are the same on every device.
+        rank, world: this process, of so many that share the batch.
     """
 
-    def __init__(self, seed: int, device: torch.device, source: torch.device | None = None):
+    def __init__(
+        self, seed: int, device: torch.device, source: torch.device | None = None, rank: int = 0,
+        world: int = 1,
+    ):  # fmt: skip
         generator = torch.Generator(source or device).manual_seed(seed)
-        self.device, self.how = device, {"generator": generator, "device": generator.device}
+        self.how = {"generator": generator, "device": generator.device}
+        self.device, self.rank, self.world = device, rank, world
+
+    def own(self, draw: Callable[..., Tensor], rows: int, *shape: int, **dtype) -> Tensor:
+        """This process's rows of what `draw` makes for the whole batch."""
+        whole = draw((self.world * rows, *shape), **self.how, **dtype)
+        return whole[self.rank * rows : (self.rank + 1) * rows].to(self.device)
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal numbers; the first axis is always the batch's."""
-        return torch.randn(shape, **self.how).to(self.device)
+        return self.own(torch.randn, *shape, dtype=torch.float32)
 
     def rand(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1)."""
-        return torch.rand(shape, **self.how).to(self.device)
+        return self.own(torch.rand, *shape, dtype=torch.float32)
 
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         """Whole numbers from low to high - 1."""
-        return torch.randint(low, high, shape, **self.how).to(self.device)
+        return self.own(partial(torch.randint, low, high), *shape)
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun has started. Process 0 alone locks,
+    reads, writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[None]:
+    """Joins the processes that torchrun has started, if it has. They wait for each other without a
+    time-out, since process 0 draws figures and downloads."""
+    if dist.is_torchelastic_launched():
+        gpu = device != "cpu" and torch.cuda.is_available()
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(weeks=1))
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def together(operation: Callable, *args, **options) -> None:
+    """Calls an operation of torch.distributed. Raises ExperimentError if another process has
+    gone."""
+    try:
+        operation(*args, **options)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:150]
+        raise ExperimentError(f"another process has ended ({reason}); see its message", 1) from None
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+    """What process 0 gets from the function, in every process; the others wait for it."""
+    result = [function() if rank() == 0 else None]
+    if world() > 1:
+        together(dist.broadcast_object_list, result, src=0)
+    return result[0]
+
+
+def average_gradients(network: nn.Module, loss: Tensor) -> Tensor:
+    """Averages the gradients of all processes, in place, and their loss, which it returns."""
+    if world() == 1:
+        return loss.detach()
+    gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
+    flat = torch.cat([loss.detach().view(1), *(part.flatten() for part in gradients)])
+    together(dist.all_reduce, flat)
+    mean, *parts = (flat / world()).split([1, *(part.numel() for part in gradients)])
+    torch._foreach_copy_(gradients, [a.view_as(b) for a, b in zip(parts, gradients)])
+    return mean[0]
+
+
+def agreed_signal(signals: list[int]) -> int:
+    """The number of a signal that one of the processes has noted, or 0; the same in all of them."""
+    number = torch.tensor(signals[0] if signals else 0)
+    if world() > 1:
+        together(dist.all_reduce, number, op=dist.ReduceOp.MAX)
+    return int(number)
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -780,10 +887,7 @@ CLASS_NAMES = (
     "Ankle boot",
 )  # fmt: skip
 NULL_CLASS = len(CLASS_NAMES)  # the label that means "no class"
-RAW_FILES = (
-    "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)  # fmt: skip
+TRAINING_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 
 
 class Data(NamedTuple):
@@ -795,12 +899,62 @@ class Data(NamedTuple):
     validation_labels: Tensor
 
 
-def is_whole(path: Path) -> bool:
-    """Whether an unpacked idx file has the size that its header says."""
-    with open(path, "rb") as file:
-        header = np.frombuffer(file.read(16).ljust(16, b"\0"), ">i4")
-    shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]), np.array([-1]))
-    return path.stat().st_size == 4 + 4 * len(shape) + int(np.prod(shape, dtype=np.int64))
+def read_idx(raw: Path, name: str) -> np.ndarray | None:
+    """The array in an unpacked file of the data set, else in its archive; None without a good
+    one."""
+    md5, archive = dict(FashionMNIST.resources)[f"{name}.gz"], raw / f"{name}.gz"
+    content = (raw / name).read_bytes() if (raw / name).exists() else b""
+    for packed in (False, True):
+        if packed and archive.exists():
+            bytes_there = archive.read_bytes()
+            found = hashlib.md5(bytes_there, usedforsecurity=False).hexdigest()
+            if found != md5:
+                print(f"warning: {archive} is damaged: its MD5 is {found}, not {md5}")
+                continue
+            content = gzip.decompress(bytes_there)
+        header = np.frombuffer(content[:16].ljust(16, b"\0"), ">i4")
+        shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]), np.zeros(0, int))
+        start = 4 + 4 * len(shape)
+        if len(shape) and len(content) == start + int(np.prod(shape, dtype=np.int64)):
+            return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+        if content and not packed:
+            print(f"warning: {raw / name} is damaged, reading the archive")
+    return None
+
+
+def read_training_files(folder: Path) -> list[np.ndarray]:
+    """The images and labels of the training split, downloaded if they are not there; of several
+    runs that start at once, one downloads, the others wait."""
+    raw = folder / "FashionMNIST" / "raw"
+    arrays = [read_idx(raw, name) for name in TRAINING_FILES]
+    if all(array is not None for array in arrays):
+        return arrays
+    socket_timeout = socket.getdefaulttimeout()
+    bars = (
+        contextlib.nullcontext()
+        if sys.stderr.isatty()
+        else contextlib.redirect_stderr(io.StringIO())
+    )
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with open(raw / ".lock", "w") as lock, bars:
+            if fcntl is not None:
+                print(f"getting Fashion-MNIST into {raw}, after any other run that is at it")
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees it when a run is killed
+            if any(read_idx(raw, name) is None for name in TRAINING_FILES):
+                for name in TRAINING_FILES:  # torchvision looks at the name only
+                    (raw / name).unlink(missing_ok=True)
+                socket.setdefaulttimeout(60)  # torchvision sets none
+                FashionMNIST(folder, train=True, download=True)
+    except (RuntimeError, OSError, HTTPException) as error:
+        names = ", ".join(name for name, _ in FashionMNIST.resources)
+        raise ExperimentError(
+            f"cannot get Fashion-MNIST ({' '.join(str(error).split())[:300]}). Without a network, "
+            f"put whole copies of {names} from github.com/zalandoresearch/fashion-mnist into {raw}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(socket_timeout)
+    return [read_idx(raw, name) for name in TRAINING_FILES]
 
 
 def load_fashion_mnist(config: Settings, device: torch.device) -> Data:
@@ -809,25 +963,9 @@ def load_fashion_mnist(config: Settings, device: torch.device) -> Data:
     here = Path(__file__).resolve().parent
     roots = [folder for folder in here.parents if (folder / "LatentDiffusionModel").is_dir()]
     folder = Path(config.data_dir or [*roots, here][0] / "data").expanduser()
-    raw = folder / "FashionMNIST" / "raw"
-    bars = contextlib.redirect_stderr(io.StringIO())  # torchvision's, which are no plain lines
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else bars
-    socket.setdefaulttimeout(60)  # torchvision sets none: an unplugged network would hang the run
-    try:
-        for path in [raw / name for name in RAW_FILES]:
-            if path.exists() and not is_whole(path):  # torchvision looks at the name only
-                print(f"warning: {path} is damaged, unpacking it again")
-                path.unlink()
-        with bars:
-            dataset = FashionMNIST(folder, train=True, download=True)
-    except (RuntimeError, OSError, HTTPException) as error:
-        raise ExperimentError(
-            f"cannot read Fashion-MNIST ({' '.join(str(error).split())[:300]}). Without a network, "
-            f"put {', '.join(name + '.gz' for name in RAW_FILES)} "
-            f"from github.com/zalandoresearch/fashion-mnist into {raw}"
-        ) from None
-    images, labels = dataset.data[:, None].to(device), dataset.targets.to(device)
-    split = len(images) - len(images) // 12
+    arrays = from_first(lambda: read_training_files(folder))
+    images, labels = (torch.from_numpy(array.copy()).to(device) for array in arrays)
+    images, labels, split = images[:, None], labels.long(), len(images) - len(images) // 12
     kept = min(config.train_images, split)
     return Data(images[:kept], labels[:kept], images[split:], labels[split:])
 
@@ -858,6 +996,17 @@ def labels_in_turn(count: int, device: torch.device) -> Tensor:
 CHECKPOINT = {"format": 1, "version": VERSION, "torch": str(torch.__version__)}
 
 
+def replace(source: Path, target: Path) -> None:
+    """os.replace, tried again for some seconds where another program has the target open."""
+    for wait in (0.1, 0.5, 1, 3, None):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if wait is None:
+                raise
+            time.sleep(wait)
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes a file that is never seen half written. An OSError leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -867,10 +1016,18 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_figure(path: Path, content: bytes) -> None:
+    """`write_atomically` for what can be made again: an OSError is a warning."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        tqdm.write(f"warning: cannot write {path} ({error.strerror})")
 
 
 def save_checkpoint(content: dict, folder: Path) -> None:
@@ -879,12 +1036,15 @@ def save_checkpoint(content: dict, folder: Path) -> None:
     torch.save(content, buffer)
     write_atomically(folder / "new.pt", buffer.getbuffer())
     if last.exists():
-        os.replace(last, folder / "previous.pt")
-    os.replace(folder / "new.pt", last)
+        replace(last, folder / "previous.pt")
+    replace(folder / "new.pt", last)
     if os.name == "posix":  # the renames must reach the disk too
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # CIFS, some FUSE
+                raise
         finally:
             os.close(descriptor)
 
@@ -952,12 +1112,17 @@ def load_state(part, state: dict | None) -> None:
 
 @contextlib.contextmanager
 def locked_output(folder: Path) -> Iterator[None]:
-    """Creates the output folder and keeps other runs out of it."""
+    """Creates the output folder and keeps other runs out of it; process 0 does, for all."""
+    if rank() > 0:
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise ExperimentError(f"cannot write to the folder {folder}: {error.strerror}") from None
+        advice = "choose another --output-dir (to sample from a run there, give it as --run-dir)"
+        message = f"cannot write to the folder {folder} ({error.strerror}): {advice}"
+        raise ExperimentError(message) from None
     with lock:
         try:
             if fcntl is not None:
@@ -1010,7 +1175,7 @@ class Models:
 
 def initial_networks(config: Settings, device: torch.device) -> dict[str, nn.Module]:
     """The networks as they start, by the seed alone; torch's own generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), arithmetic(torch.device("cpu")):
         torch.default_generator.manual_seed(derived_seed(config.seed, "initial weights"))
         return {name: network.to(device) for name, network in build_networks(config).items()}
 
@@ -1021,19 +1186,25 @@ class Stage:
     Args:
         loss: as of `Run.train`.
         images: size of the training set; an incomplete last batch of an epoch is left out.
+        batch_size: of all processes together.
     """
 
     def __init__(
         self, name: str, network: nn.Module, average: AveragedModel, loss: Callable[..., Tensor],
-        images: int, *, epochs: int, batch_size: int, learning_rate: float,
+        images: int, *, epochs: int, batch_size: int, learning_rate: float, ema_decay: float,
     ):  # fmt: skip
         self.name, self.network, self.average, self.loss = name, network, average, loss
         self.batch_size, self.peak_learning_rate = min(batch_size, images), learning_rate
+        if self.batch_size % world():
+            message = f"{world()} processes cannot share batches of {self.batch_size} images"
+            raise ExperimentError(message)
         self.steps_per_epoch = images // self.batch_size
         self.total_steps = epochs * self.steps_per_epoch
         parameters, betas = network.parameters(), (0.9, 0.99)
         self.optimizer = torch.optim.AdamW(parameters, learning_rate, betas, fused=True)
         self.parts = {"model": network, "ema": average, "optimizer": self.optimizer}
+        self.weights, self.ema_decay = [*network.parameters()], ema_decay
+        self.averaged_weights = [*average.module.parameters()]
         self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0  # the last two of the epoch under way
 
     @property
@@ -1047,8 +1218,15 @@ class Stage:
         left = (self.total_steps - step) / (0.4 * self.total_steps + 1)
         return self.peak_learning_rate * max(0.0, min(1.0, (step + 1) / 100, left))
 
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """The exponential moving average of the weights; at the first step they are copied."""
+        share = 1 - self.ema_decay if self.step else 1.0
+        torch._foreach_lerp_(self.averaged_weights, self.weights, share)
+
     def state(self) -> dict:
         """All that the stage needs to go on with the same bits."""
+        self.average.n_averaged.fill_(self.step)  # AveragedModel's own count
         counts = {name: getattr(self, name) for name in ("step", "loss_sum", "seconds")}
         return {name: part.state_dict() for name, part in self.parts.items()} | counts
 
@@ -1077,9 +1255,7 @@ class Run:
     def __init__(self, config: Settings, data: Data, output: Path, checkpoint: dict | None):
         self.config, self.data, self.output = config, data, output
         self.networks = initial_networks(config, data.train_images.device)
-        mean = get_ema_multi_avg_fn(config.ema_decay)
-        averages = {k: AveragedModel(v, multi_avg_fn=mean) for k, v in self.networks.items()}
-        self.averages = {name: average.eval() for name, average in averages.items()}
+        self.averages = {k: AveragedModel(v).eval() for k, v in self.networks.items()}
         self.history = checkpoint["history"] if checkpoint else []
         self.restored = checkpoint["stages"] if checkpoint else {}
         networks = {name: average.module for name, average in self.averages.items()}
@@ -1104,8 +1280,10 @@ class Run:
         """
         network, images, trained = self.networks[name], len(arrays[0]), loss
         if self.config.compile:
+            torch._inductor.config.deterministic = True
             trained = torch.compile(loss)
         plan = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+        plan["ema_decay"] = self.config.ema_decay
         stage = Stage(name, network, self.averages[name], trained, images, **plan)
         self.stages[name] = stage
         if name in self.restored:
@@ -1142,26 +1320,36 @@ class Run:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
-        write_atomically(self.output / "metrics.csv", text.getvalue().encode())
+        write_figure(self.output / "metrics.csv", text.getvalue().encode())
 
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Here the first SIGINT or SIGTERM only joins the list; a second one acts at once."""
-    noted, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    heeded = [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    """Here the first signal that ends a run only joins the list, as far as the process heeds it; a
+    second one acts as it did before. Outside the main thread nothing changes."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    noted, old = [], {number: signal.getsignal(number) for number in numbers}
+    old = {
+        number: handler for number, handler in old.items() if handler not in (signal.SIG_IGN, None)
+    }
+
+    def restore(*_):
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
     def note(signum, frame):
         noted.append(signum)
-        for number in heeded:
-            signal.signal(number, signal.SIG_DFL)
+        restore()
 
-    handlers = {number: signal.signal(number, note) for number in heeded}
+    for number in old:
+        signal.signal(number, note)
     try:
         yield noted
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore()
     if noted:  # too late for the loop to heed it
         signal.raise_signal(noted[0])
 
@@ -1170,14 +1358,15 @@ def train_step(stage: Stage, batch: list[Tensor], rng: Rng) -> Tensor:
     """One step of optimizer and averaged weights. Returns loss and gradient norm, on the device."""
     for group in stage.optimizer.param_groups:
         group["lr"] = stage.learning_rate(stage.step)
-    with autocast(batch[0].device):
+    with arithmetic(batch[0].device):
         loss = stage.loss(stage.network, *map(to_float, batch), rng)
     stage.optimizer.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(stage.network.parameters(), 1.0)
+    loss = average_gradients(stage.network, loss)
+    norm = nn.utils.clip_grad_norm_(stage.weights, 1.0)
     stage.optimizer.step()
-    stage.average.update_parameters(stage.network)
-    return torch.stack([loss.detach(), norm])
+    stage.update_average()
+    return torch.stack([loss, norm])
 
 
 @torch.inference_mode()
@@ -1185,12 +1374,13 @@ def validation_loss(
     loss: Callable[..., Tensor], network: nn.Module, arrays: tuple[Tensor, ...]
 ) -> float:
     """The network's mean loss over `arrays`, with the same noise and times at every call."""
-    device, total = arrays[0].device, 0.0
+    device, losses = arrays[0].device, []
     rng = Rng(0, device, source=torch.device("cpu"))
-    with autocast(device):
+    with arithmetic(device):
         for batch in zip(*(array.split(500) for array in arrays)):
-            total += loss(network, *map(to_float, batch), rng).item() * len(batch[0])
-    return total / len(arrays[0])
+            losses.append(loss(network, *map(to_float, batch), rng))
+    sizes = [len(part) for part in arrays[0].split(500)]
+    return sum(map(operator.mul, torch.stack(losses).tolist(), sizes)) / sum(sizes)
 
 
 def train_steps(
@@ -1200,12 +1390,15 @@ def train_steps(
     """The steps that `Run.train` has still to do.
 
     What is random depends on the seed, the stage and the step alone, so that a resumed run goes on
-    with the same bits. Saves after each epoch, every few minutes, and on a signal.
+    with the same bits. Saves after each epoch (on a GPU, where they are short, by the clock), every
+    few minutes, and on a signal.
     """
     device, size, order, pending = arrays[0].device, stage.batch_size, None, []
-    saved_at, seed = time.monotonic(), partial(derived_seed, run.config.seed, stage.name)
+    share, me, first, slow = size // world(), rank(), rank() == 0, device.type == "cpu"
+    saved_at = drawn_at = time.monotonic()
+    seed = partial(derived_seed, run.config.seed, stage.name)
     images = {"initial": stage.step * size, "total": stage.total_steps * size, "unit": " images"}
-    bar = tqdm(desc=stage.name, unit_scale=True, disable=None, **images)
+    bar = tqdm(desc=stage.name, unit_scale=True, disable=None if first else True, **images)
     with noted_signals() as signals, bar:
         while stage.step < stage.total_steps:
             started = time.perf_counter()
@@ -1213,31 +1406,39 @@ def train_steps(
             if position == 0 or order is None:
                 generator = torch.Generator().manual_seed(seed("order", epoch))
                 order = torch.randperm(len(arrays[0]), generator=generator).to(device)
-            rows = order[position * size : (position + 1) * size]
-            rng = Rng(seed("step", stage.step), device)
+            rows = order[position * size + me * share : position * size + (me + 1) * share]
+            rng = Rng(seed("step", stage.step), device, rank=me, world=world())
             pending.append(train_step(stage, [array[rows] for array in arrays], rng))
             stage.step += 1
-            epoch_ends, stopping = stage.step % stage.steps_per_epoch == 0, bool(signals)
-            late = time.monotonic() - saved_at > 60 * run.config.checkpoint_minutes
-            saving = epoch_ends or stopping or late
-            if saving or len(pending) == 100:  # seldom, since each time waits for the device
+            epoch_ends, last = (
+                stage.step % stage.steps_per_epoch == 0,
+                stage.step == stage.total_steps,
+            )
+            asked = world() == 1 or epoch_ends or stage.step % 10 == 0  # for asking costs time
+            stop, now = agreed_signal(signals) if asked else 0, time.monotonic()
+            late = now - saved_at > 60 * run.config.checkpoint_minutes
+            saving = stop or late or last or (epoch_ends and (slow or now - saved_at > 60))
+            if saving or epoch_ends or len(pending) == 100:  # seldom, for it waits for the device
                 add_losses(run, stage, pending, bar)
             stage.seconds += time.perf_counter() - started
             bar.update(size)
             if epoch_ends:
-                run.history.append(stage.close_epoch(validate()))
-                if bar.disable:
-                    print_epoch(stage, run.history[-1])
-            if saving:
+                row = stage.close_epoch(validate() if first else math.nan)
+                run.history.append(row)
+                if not sys.stdout.isatty():
+                    print_epoch(stage, row)
+            if saving and first:
                 run.save()
                 saved_at = time.monotonic()
-            if epoch_ends and not stopping:
-                after_epoch(stage.epoch)
-            if stopping or (epoch_ends and signals):  # either way this step is saved
-                name = signal.Signals(signals[0]).name
+            if epoch_ends and not stop:
+                if first and (slow or now - drawn_at > 30):
+                    after_epoch(stage.epoch)
+                    drawn_at = time.monotonic()
+                stop = agreed_signal(signals)
+            if stop:  # this step is saved
                 where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
-                message = f"{name} at {where}: saved; run again to resume"
-                raise ExperimentError(message, 128 + signals[0])
+                message = f"{signal.Signals(stop).name} at {where}: saved; run again to resume"
+                raise ExperimentError(message, 128 + stop)
 
 
 def add_losses(run: Run, stage: Stage, pending: list[Tensor], bar: tqdm) -> None:
@@ -1270,8 +1471,13 @@ Fresh = Callable[[], Tensor]  # draws standard normal noise for a batch of state
 @torch.no_grad()
 def in_chunks(function: Callable[[Tensor], Tensor], tensor: Tensor, chunk: int = 500) -> Tensor:
     """`function` of a tensor (N, ...), some rows at a time; of uint8 images as floats."""
-    with autocast(tensor.device):
+    with arithmetic(tensor.device):
         return torch.cat([function(to_float(part)) for part in tensor.split(chunk)])
+
+
+def once(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`in_chunks`, computed by process 0 for all of them."""
+    return from_first(lambda: in_chunks(function, tensor).cpu()).to(tensor.device)
 
 
 def embed_images(models: Models, images: Tensor) -> Tensor:
@@ -1298,7 +1504,8 @@ def noise_of_samples(models: Models, numbers: range) -> Fresh:
     def stream() -> Iterator[Tensor]:
         size = 1
         while True:
-            blocks = [torch.randn(size, *shape, generator=each) for each in generators]
+            how = {"dtype": torch.float32}
+            blocks = [torch.randn(size, *shape, generator=each, **how) for each in generators]
             yield from torch.stack(blocks, dim=1).to(models.device)
             size = 20  # in blocks, for a draw of one is slow
 
@@ -1310,7 +1517,7 @@ def trajectory(
     models: Models, noise: Tensor, classes: Tensor, steps: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The deterministic sampler's states, noise first, and its guesses: (S + 1, B, ...) each."""
-    with autocast(noise.device):
+    with arithmetic(noise.device):
         states, guesses = zip(*sample(models, noise, classes, steps))
     return torch.stack(states), torch.stack(guesses)
 
@@ -1320,26 +1527,30 @@ def last_state(
     models: Models, noise: Tensor, classes: Tensor, steps: int = 0, fresh: Fresh | None = None
 ) -> Tensor:
     """What the sampler makes of the noise (B, ...), for class weights (B, 11)."""
-    with autocast(noise.device):
+    with arithmetic(noise.device):
         [(state, _)] = collections.deque(sample(models, noise, classes, steps, fresh), maxlen=1)
     return state
 
 
-def generate_samples(models: Models, labels: Tensor, chunk: int = 100) -> Tensor:
-    """Generates one image a label: samples 0, 1, ... of the sampling seed.
+def generate_samples(
+    models: Models, labels: Tensor, chunk: int | None = None, first: int = 0
+) -> Tensor:
+    """Generates one image a label: samples `first`, first + 1, ... of the sampling seed.
 
     Args:
         models: from `load_trained`; their settings say how.
         labels: (N,) int64 on the models' device, 0 to 9, or NULL_CLASS for "no class".
-        chunk: images at a time; the result does not depend on it but for rounding.
+        chunk: images at a time (None: 100 on a CPU, 2000 else); the result does not depend on it
+            but for rounding.
 
     Returns: uint8 (N, 1, 28, 28).
     """
     images = []
-    for first, part in zip(range(0, len(labels), chunk), labels.split(chunk)):
+    for part in labels.split(chunk or (100 if models.device.type == "cpu" else 2000)):
         fresh = noise_of_samples(models, range(first, first + len(part)))
         states = last_state(models, fresh(), class_weights(part), fresh=fresh)
         images.append(decode_images(models, states))
+        first += len(part)
     return torch.cat(images)
 
 
@@ -1349,7 +1560,7 @@ def load_trained(folder: Path, device: str = "auto", **changes) -> Models:
 
     Raises ExperimentError if there are no trained networks, or if a change contradicts them.
     """
-    checkpoint = find_checkpoint(Path(folder) / "checkpoints")
+    checkpoint = from_first(lambda: find_checkpoint(Path(folder) / "checkpoints"))
     if checkpoint is None or "diffusion" not in checkpoint["stages"]:
         message = f"there is no trained model in {folder}: run without --sample-only to train one"
         raise ExperimentError(message)
@@ -1368,11 +1579,21 @@ def load_trained(folder: Path, device: str = "auto", **changes) -> Models:
 def export_samples(models: Models, count: int, output: Path) -> None:
     """Writes `count` samples as npz in the layout of guided-diffusion: arr_0 uint8 (N, 28, 28, 1)
     and arr_1 int64 (N,), the labels i mod 10, or -1 where there are no classes."""
-    started, content = time.perf_counter(), io.BytesIO()
+    started, content, parts = time.perf_counter(), io.BytesIO(), [None] * world()
     labels, seed = labels_in_turn(count, models.device), models.config.sampling_seed
-    images = generate_samples(models, labels).permute(0, 2, 3, 1)
+    ends = [count * part // world() for part in range(world() + 1)]  # each process makes a share
+    first, end = ends[rank()], ends[rank() + 1]
+    share = labels[first:end]
+    images = generate_samples(models, share, first=first) if len(share) else share.new_empty(0)
+    parts = [images.cpu()]
+    if world() > 1:
+        parts = [None] * world()
+        together(dist.all_gather_object, parts, images.cpu())
+    if rank() > 0:
+        return
+    images = torch.cat([part for part in parts if len(part)]).permute(0, 2, 3, 1)
     labels = torch.where(labels == NULL_CLASS, -1, labels)
-    np.savez_compressed(content, images.cpu().numpy(), labels.cpu().numpy())
+    np.savez_compressed(content, images.numpy(), labels.cpu().numpy())
     path = output / (f"samples_seed_{seed}.npz" if seed else "samples.npz")
     write_atomically(path, content.getvalue())
     print(f"{path}: {count} samples in {time.perf_counter() - started:.1f} s")
@@ -1398,7 +1619,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Saves a figure as PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100, bbox_inches="tight", pad_inches=0.1)
-    write_atomically(path, content.getvalue())
+    write_figure(path, content.getvalue())
 
 
 def draw_grid(axes, images: Tensor, rows: list[str], columns: list[str]) -> None:
@@ -1460,7 +1681,7 @@ def save_animation(
     content, times = io.BytesIO(), [pauses.get(index, 80) for index in range(len(frames))]
     rest = {"append_images": frames[1:], "duration": times, "loop": 0}
     frames[0].save(content, "GIF", save_all=True, **rest)
-    write_atomically(path, content.getvalue())
+    write_figure(path, content.getvalue())
 
 
 def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int = NULL_CLASS) -> None:
@@ -1567,7 +1788,9 @@ def save_trajectories(models: Models, data: Data, output: Path, rows: int = 4) -
 
 
 def save_all_figures(models: Models, data: Data, output: Path) -> None:
-    """Every figure that a trained model has."""
+    """Every figure that a trained model has; process 0 draws them."""
+    if rank() > 0:
+        return
     started = time.perf_counter()
     save_loss_curves(models.history, output / "loss_curves.png")
     save_samples(models, output)
@@ -1579,6 +1802,8 @@ def save_all_figures(models: Models, data: Data, output: Path) -> None:
 
 def save_requested_samples(models: Models, request: argparse.Namespace, output: Path) -> None:
     """A PNG of the samples that --class and --num-samples ask for: of one class, or all in turn."""
+    if rank() > 0:
+        return
     labels = labels_in_turn(request.num_samples or 16, models.device)
     title = "samples" if request.label is None else [*CLASS_NAMES, "no class"][request.label]
     labels = labels if request.label is None else torch.full_like(labels, request.label)
@@ -1602,59 +1827,81 @@ def main(argv: list[str] | None = None) -> None:
     if request.pretrained and not weights.is_dir():
         raise ExperimentError(f"there is no {weights}: no weights come with this script")
     folder = "quick" if request.quick else "pretrained" if request.pretrained else ""
-    output = Path(given.get("output_dir") or here / "output" / folder).expanduser()
-    output = Path(os.path.abspath(output))
-    with locked_output(output):
+    output = Path(given.get("output_dir") or here / "output" / folder).expanduser().absolute()
+    source = Path(given.get("run_dir") or (weights if request.pretrained else output)).expanduser()
+    with processes(given.get("device", "auto")), locked_output(output):
         if request.sample_only:
-            models = load_trained(weights if request.pretrained else output, **given)
+            models = load_trained(source, **given)
             if request.num_samples or request.label is not None:
                 save_requested_samples(models, request, output)
             elif not request.export_samples:
                 data = load_fashion_mnist(models.config, models.device)
                 save_all_figures(models, data, output)
         else:
-            checkpoint = None if request.fresh else find_checkpoint(output / "checkpoints")
-            device = pick_device(given.get("device", "auto"))
-            config = settle(default_settings(device, request.quick), given, checkpoint)
-            state = "resumed" if checkpoint else "fresh"
-            print(f"{VERSION} on {device}, torch {torch.__version__}, {state}; output: {output}")
-            print("will train the remaining steps, then write the figures")
-            if request.quick:
-                print("--quick: its pictures are noise and only show that the installation works")
-            data = load_fashion_mnist(config, device)
-            if request.fresh:
-                move_aside(output)
-            run = Run(config, data, output, checkpoint)
-            train_stages(run, run.models, data)
-            models = run.models
-            save_all_figures(models, data, output)
+            models = run_training(given, request, output)
         if request.export_samples:
             export_samples(models, request.export_samples, output)
 
 
+def run_training(given: dict, request: argparse.Namespace, output: Path) -> Models:
+    """Trains every stage to its last epoch and draws the figures. Returns the averaged networks."""
+    checkpoints = output / "checkpoints"
+    checkpoint = None if request.fresh else from_first(lambda: find_checkpoint(checkpoints))
+    device = pick_device(given.get("device", "auto"))
+    config = settle(default_settings(device, request.quick), given, checkpoint)
+    state = "resumed" if checkpoint else "fresh"
+    count = f", {world()} processes" if world() > 1 else ""
+    print(f"{VERSION} on {device}{count}, torch {torch.__version__}, {state}; output: {output}")
+    print("will train the remaining steps, then write the figures")
+    if request.quick:
+        print("--quick: its pictures are noise and only show that the installation works")
+    data = load_fashion_mnist(config, device)
+    if request.fresh and rank() == 0:
+        move_aside(output)
+    run = Run(config, data, output, checkpoint)
+    train_stages(run, run.models, data)
+    save_all_figures(run.models, data, output)
+    return run.models
+
+
 def exit_status(main_function: Callable[[], None]) -> int:
     """Calls `main_function`; what a user can mend, or has asked for, becomes one line and an exit
-    status."""
-    matplotlib.rcdefaults()
-    streams = (sys.stdout, sys.stderr)
+    status. Of several processes the first one prints."""
+    first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in streams)  # noqa: SIM115
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stdout = sys.stdout if first else open(os.devnull, "w")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        main_function()
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            main_function()
         return 0
     except ExperimentError as error:
         status, line = error.status, f"{'' if error.status > 128 else 'error: '}{error}"
+        if not first:
+            return status
     except KeyboardInterrupt:
         status, line = 130, "SIGINT: run again to resume"
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except torch.OutOfMemoryError:
-        status, line = 1, "error: the device is out of memory: smaller batches or widths need less"
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         status, line = 1, f"error: {error.strerror or error}{where}; any earlier checkpoint stands"
-    print(" ".join(line.splitlines()), file=sys.stderr)  # even a file's name may have several
+    except (RuntimeError, MemoryError) as error:
+        text, kind = str(error), type(error).__module__
+        if isinstance(error, MemoryError) or re.search("out of memory|DefaultCPUAllocator", text):
+            line = "error: the device is out of memory: smaller batches or widths need less"
+        elif kind.startswith(("torch._dynamo", "torch._inductor")):
+            line = "error: --compile needs a C++ compiler on a CPU, Triton on a GPU; leave it out"
+        else:
+            raise
+        status = 1
+    finally:
+        sys.stdout, sys.stderr = streams
+    print(" ".join(line.splitlines()), file=streams[1])  # even a file's name may have several
     return status
 
 
