@@ -338,6 +338,7 @@ def save_own_figures(models: Models, data: Data, output: Path) -> None:
 # ==================================================================================================
 
 import argparse
+import base64
 import collections
 import contextlib
 import csv
@@ -345,14 +346,18 @@ import dataclasses
 import errno
 import gzip
 import hashlib
+import html
 import io
+import json
 import math
-import operator
 import os
+import platform
 import re
+import shlex
 import shutil
 import signal
 import socket
+import string
 import sys
 import threading
 import time
@@ -665,16 +670,17 @@ def from_first(function: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def average_gradients(network: nn.Module, loss: Tensor) -> Tensor:
-    """Averages the gradients of all processes, in place, and their loss, which it returns."""
+def average_gradients(network: nn.Module, losses: Tensor) -> Tensor:
+    """Averages the gradients of all processes, in place, and their losses (K,), which it
+    returns."""
     if world() == 1:
-        return loss.detach()
+        return losses
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
-    flat = torch.cat([loss.detach().view(1), *(part.flatten() for part in gradients)])
+    flat = torch.cat([losses, *(part.flatten() for part in gradients)])
     together(dist.all_reduce, flat)
-    mean, *parts = (flat / world()).split([1, *(part.numel() for part in gradients)])
+    mean, *parts = (flat / world()).split([len(losses), *(part.numel() for part in gradients)])
     torch._foreach_copy_(gradients, [a.view_as(b) for a, b in zip(parts, gradients)])
-    return mean[0]
+    return mean
 
 
 def agreed_signal(signals: list[int]) -> int:
@@ -945,7 +951,14 @@ def locked_output(folder: Path) -> Iterator[None]:
 def move_aside(folder: Path) -> None:
     """Moves an old run to old_runs/<time>/: what all runs write, its checkpoints first, and every
     folder of figures, known by the epoch in their names."""
-    names = ("checkpoints", "metrics.csv", "loss_curves.png", "samples", "samples*.npz")
+    names = (
+        "checkpoints",
+        "metrics.csv",
+        "loss_curves.png",
+        "index.html",
+        "samples",
+        "samples*.npz",
+    )
     written = [path for name in names for path in sorted(folder.glob(name))]
     figures = {path.parent for path in folder.glob("*/*_epoch_*.[pg][ni][gf]")} - {*written}
     attic = folder / "old_runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
@@ -957,6 +970,12 @@ def move_aside(folder: Path) -> None:
 
 
 # --- Training -------------------------------------------------------------------------------------
+
+
+METRICS = (
+    "stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate", "seconds",
+    "images_per_second",
+)  # fmt: skip
 
 
 class Models:
@@ -1010,7 +1029,8 @@ class Stage:
         self.parts = {"model": network, "ema": average, "optimizer": self.optimizer}
         self.weights, self.ema_decay = [*network.parameters()], ema_decay
         self.averaged_weights = [*average.module.parameters()]
-        self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0  # the last two of the epoch under way
+        self.step, self.seconds = 0, 0.0
+        self.loss_sums: dict[str, float] = {}  # by part; these and the seconds are of this epoch
 
     @property
     def epoch(self) -> int:
@@ -1032,26 +1052,29 @@ class Stage:
     def state(self) -> dict:
         """All that the stage needs to go on with the same bits."""
         self.average.n_averaged.fill_(self.step)  # AveragedModel's own count
-        counts = {name: getattr(self, name) for name in ("step", "loss_sum", "seconds")}
+        counts = {name: getattr(self, name) for name in ("step", "loss_sums", "seconds")}
         return {name: part.state_dict() for name, part in self.parts.items()} | counts
 
     def restore(self, state: dict) -> None:
         """The inverse of `state`. Raises ExperimentError if the state does not fit."""
         for name, part in self.parts.items():
             load_state(part, state.get(name))
-        self.step, self.loss_sum, self.seconds = state["step"], state["loss_sum"], state["seconds"]
+        self.step, self.loss_sums = state["step"], state["loss_sums"]
+        self.seconds = state["seconds"]
         if self.step > self.total_steps:
             message = f"{self.name} has been trained for more epochs already: {self.epoch}"
             raise ExperimentError(message)
 
-    def close_epoch(self, validation: float) -> dict:
+    def close_epoch(self, validation: dict[str, float]) -> dict:
         """Starts the sums of the next epoch. Returns the row of the history for this one."""
-        losses = {"train_loss": self.loss_sum / self.steps_per_epoch, "validation_loss": validation}
+        training = {name: value / self.steps_per_epoch for name, value in self.loss_sums.items()}
         rate = self.steps_per_epoch * self.batch_size / self.seconds
-        row = {"stage": self.name, "epoch": self.epoch, "step": self.step, **losses}
+        row = {"stage": self.name, "epoch": self.epoch, "step": self.step}
+        row |= {"train_loss": sum(training.values()), "validation_loss": sum(validation.values())}
         row |= {"learning_rate": self.learning_rate(self.step - 1), "seconds": self.seconds}
-        self.loss_sum = self.seconds = 0.0
-        return row | {"images_per_second": rate}
+        self.loss_sums, self.seconds = {}, 0.0
+        parts = {"train_parts": training, "validation_parts": validation}
+        return row | {"images_per_second": rate} | parts
 
 
 class Run:
@@ -1075,8 +1098,8 @@ class Run:
         """Trains the network of that name, from the step it is at to its last.
 
         Args:
-            loss: `loss(network, *batch, rng)` returns the mean loss of a batch, rows of `arrays`;
-                uint8 images come to it as floats in [-1, 1].
+            loss: `loss(network, *batch, rng)` returns the mean loss of a batch, rows of `arrays`,
+                or a dict of the parts that are its sum; uint8 images come as floats in [-1, 1].
             arrays: the training set, (N, ...) each.
             held_out: the same of the validation set.
             after_epoch: called with the number of each complete epoch; if None, `Run.draw` is.
@@ -1098,7 +1121,7 @@ class Run:
             raise ExperimentError(f"the epochs of {name} {reason}")
         size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(f"{name}: {size:.2f} M parameters, step {stage.step} of {stage.total_steps}")
-        validate = partial(validation_loss, loss, stage.average.module, held_out)
+        validate = partial(validation_losses, loss, stage.average.module, held_out)
         train_steps(self, stage, arrays, validate, after_epoch or self.draw)
 
     def begun(self, name: str) -> bool:
@@ -1114,6 +1137,8 @@ class Run:
             save_all_figures(self.models, self.data, self.output)
         else:
             save_samples(self.models, self.output)
+            save_loss_curves(self.history, self.output / "loss_curves.png")
+            save_page(self.models, self.output)
 
     def save(self) -> None:
         """Writes a checkpoint, and the history as metrics.csv, a row an epoch."""
@@ -1121,8 +1146,8 @@ class Run:
         stages = {name: stage.state() for name, stage in self.stages.items()}
         content = CHECKPOINT | {"config": config, "stages": stages, "history": self.history}
         save_checkpoint(content, self.output / "checkpoints")
-        text, columns = io.StringIO(), self.history[0] if self.history else ["stage"]
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        text, how = io.StringIO(), {"extrasaction": "ignore", "lineterminator": "\n"}
+        writer = csv.DictWriter(text, METRICS, **how)
         writer.writeheader()
         writer.writerows(self.history)
         write_figure(self.output / "metrics.csv", text.getvalue().encode())
@@ -1160,32 +1185,43 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def train_step(stage: Stage, batch: list[Tensor], rng: Rng) -> Tensor:
-    """One step of optimizer and averaged weights. Returns loss and gradient norm, on the device."""
+    """One step of optimizer and averaged weights. Returns, on the device, the norm of the gradient
+    and the parts of the loss."""
     for group in stage.optimizer.param_groups:
         group["lr"] = stage.learning_rate(stage.step)
     with arithmetic(batch[0].device):
-        loss = stage.loss(stage.network, *map(to_float, batch), rng)
+        parts = loss_parts(stage.loss(stage.network, *map(to_float, batch), rng))
+        loss = sum(parts.values())
     stage.optimizer.zero_grad()
     loss.backward()
-    loss = average_gradients(stage.network, loss)
+    losses = torch.stack([part.detach() for part in parts.values()])
+    losses = average_gradients(stage.network, losses)
     norm = nn.utils.clip_grad_norm_(stage.weights, 1.0)
     stage.optimizer.step()
     stage.update_average()
-    return torch.stack([loss, norm])
+    stage.loss_sums = dict.fromkeys(parts, 0.0) | stage.loss_sums
+    return torch.cat([norm.view(1), losses])
+
+
+def loss_parts(loss: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    """A loss by parts, which may be one."""
+    return loss if isinstance(loss, dict) else {"loss": loss}
 
 
 @torch.inference_mode()
-def validation_loss(
+def validation_losses(
     loss: Callable[..., Tensor], network: nn.Module, arrays: tuple[Tensor, ...]
-) -> float:
-    """The network's mean loss over `arrays`, with the same noise and times at every call."""
-    device, losses = arrays[0].device, []
+) -> dict[str, float]:
+    """The parts of the network's mean loss over `arrays`, with the same noise and times each
+    time."""
+    device, rows = arrays[0].device, []
     rng = Rng(0, device, source=torch.device("cpu"))
     with arithmetic(device):
         for batch in zip(*(array.split(500) for array in arrays)):
-            losses.append(loss(network, *map(to_float, batch), rng))
-    sizes = [len(part) for part in arrays[0].split(500)]
-    return sum(map(operator.mul, torch.stack(losses).tolist(), sizes)) / sum(sizes)
+            parts = loss_parts(loss(network, *map(to_float, batch), rng))
+            rows.append(torch.stack([len(batch[0]) * part for part in parts.values()]))
+    sums = map(sum, zip(*torch.stack(rows).tolist()))
+    return {name: value / len(arrays[0]) for name, value in zip(parts, sums)}
 
 
 def train_steps(
@@ -1228,7 +1264,7 @@ def train_steps(
             stage.seconds += time.perf_counter() - started
             bar.update(size)
             if epoch_ends:
-                row = stage.close_epoch(validate() if first else math.nan)
+                row = stage.close_epoch(validate() if first else {})
                 run.history.append(row)
                 if not sys.stdout.isatty():
                     print_epoch(stage, row)
@@ -1247,15 +1283,19 @@ def train_steps(
 
 
 def add_losses(run: Run, stage: Stage, pending: list[Tensor], bar: tqdm) -> None:
-    """Adds the last steps' losses to the epoch's sum. Raises ExperimentError if not finite."""
-    for step, (loss, norm) in enumerate(torch.stack(pending).tolist(), stage.step - len(pending)):
-        if not math.isfinite(loss + norm):
+    """Adds the last steps' losses to the epoch's sums. Raises ExperimentError if not finite."""
+    for step, (norm, *losses) in enumerate(
+        torch.stack(pending).tolist(), stage.step - len(pending)
+    ):
+        if not math.isfinite(sum(losses) + norm):
             last = run.output / "checkpoints" / "last.pt"
             kept = f"the last good checkpoint is {last}" if last.exists() else "none is saved yet"
             message = f"loss or gradient of {stage.name} is not finite at step {step}; {kept}"
             raise ExperimentError(message, 1)
-        stage.loss_sum += loss
-    bar.set_postfix(loss=f"{loss:.4f}", lr=f"{stage.learning_rate(step):.1e}", refresh=False)
+        for name, value in zip(stage.loss_sums, losses):
+            stage.loss_sums[name] += value
+    rate = f"{stage.learning_rate(step):.1e}"
+    bar.set_postfix(loss=f"{sum(losses):.4f}", lr=rate, refresh=False)
     pending.clear()
 
 
@@ -1447,40 +1487,75 @@ def save_grid(path: Path, images: Tensor, rows: list[str], columns: list[str], t
 
 
 def save_loss_curves(history: list[dict], path: Path) -> None:
-    """Training and validation loss of each stage by epoch; nothing before the first has ended."""
-    stages = list(dict.fromkeys(row["stage"] for row in history))
-    if not stages:
+    """Training and validation loss by epoch, each part of a stage's loss by itself."""
+    panels: dict[tuple[str, str], list[tuple]] = {}
+    for row in history:
+        training = row.get("train_parts") or {"loss": row["train_loss"]}
+        validation = row.get("validation_parts") or {"loss": row["validation_loss"]}
+        for part, value in training.items():
+            point = row["epoch"], value, validation[part]
+            panels.setdefault((row["stage"], part), []).append(point)
+    if not panels:
         return
-    figure = Figure(figsize=(5 * len(stages), 3.2), layout="constrained")
-    curves = {"train_loss": "training", "validation_loss": "validation, averaged weights"}
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
-        rows = [row for row in history if row["stage"] == stage]
-        epochs = [row["epoch"] for row in rows]
-        for key, name in curves.items():
-            axes.plot(epochs, [row[key] for row in rows], "o-", markersize=3, label=name)
-        axes.set(title=stage, xlabel="epoch", ylabel="loss")
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    for axes, ((stage, part), points) in zip(
+        np.ravel(figure.subplots(1, len(panels))), panels.items()
+    ):
+        epochs, *curves = zip(*points)
+        for curve, name in zip(curves, ("training", "validation, averaged weights")):
+            axes.plot(epochs, curve, "o-", markersize=3, label=name)
+        axes.set(title=stage, xlabel="epoch", ylabel=part)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     save_figure(figure, path)
 
 
+def state_pictures(states: Tensor) -> Tensor:
+    """States (..., C, H, W) themselves as uint8 pictures (..., 1, 28, 28): an image as it is; of a
+    latent the channels side by side, -3 black and 3 white."""
+    if states.shape[-3:] == (1, 28, 28):
+        return to_uint8(states)
+    channels, height, width = states.shape[-3:]
+    columns = math.ceil(channels**0.5)
+    rows = math.ceil(channels / columns)
+    tiles = F.pad(states.flatten(0, -4) / 3, (0, 0, 0, 0, 0, rows * columns - channels), value=-1)
+    tiles = tiles.unflatten(1, (rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    scale = 28 // max(rows * height, columns * width)
+    tiles = tiles.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None]
+    bottom, right = 28 - tiles.shape[2], 28 - tiles.shape[3]
+    sides = right // 2, right - right // 2, bottom // 2, bottom - bottom // 2
+    return to_uint8(F.pad(tiles, sides, value=-1)).unflatten(0, states.shape[:-3])
+
+
 def save_animation(
-    states: Tensor, noised: Tensor, captions: list[str], title: str, path: Path
+    out: list[Tensor], back: list[Tensor], captions: list[str], title: str, path: Path
 ) -> None:
-    """A looping GIF from the clean image out to noise as `noised` says, and back as the model's
-    `states` went: uint8 (S + 1, 1, 28, 28), both from noise to data, as are the captions."""
+    """A looping GIF from the clean image out to noise by the forward process, and back as the model
+    went. Large the image, below it small the state itself and, on the way back, the guess.
+
+    Args:
+        out: image and state as uint8 (S + 1, 1, 28, 28), from noise to data.
+        back: image, state and guess of the model's trajectory, likewise.
+        captions: S + 1, from noise to data.
+    """
     # Pillow's own font knows no Greek
-    dejavu = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    steps, font = len(noised) - 1, ImageFont.truetype(dejavu, size=16)
+    dejavu = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    steps, fonts = len(captions) - 1, [ImageFont.truetype(dejavu, size) for size in (16, 11)]
+    places = ((0, 30, 224), (14, 274, 84), (126, 274, 84))  # left, top, size
     frames = []
-    for index, picture in enumerate(torch.cat([noised.flip(0), states[1:-1]]).cpu().numpy()):
-        frame = Image.new("L", (224, 254), 255)
-        large = Image.fromarray(picture[0]).resize((224, 224), Image.Resampling.NEAREST)
-        frame.paste(large, (0, 30))
+    for index in range(2 * steps):
+        pictures, position = (out, steps - index) if index < steps else (back, index - steps)
+        frame = Image.new("L", (224, 362), 255)
         draw = ImageDraw.Draw(frame)
-        draw.text((6, 4), title, font=font, fill=0)
-        draw.text((218, 4), captions[abs(steps - index)], font=font, fill=0, anchor="ra")
+        for (left, top, size), picture in zip(places, pictures):
+            image = Image.fromarray(picture[position, 0].cpu().numpy())
+            frame.paste(image.resize((size, size), Image.Resampling.NEAREST), (left, top))
+        draw.text((6, 4), title, font=fonts[0], fill=0)
+        draw.text((218, 4), captions[position], font=fonts[0], fill=0, anchor="ra")
+        draw.text((56, 258), "state", font=fonts[1], fill=0, anchor="ma")
+        text = "guess of the image" if index >= steps else "noise is added"
+        draw.text((168, 258), text, font=fonts[1], fill=0, anchor="ma")
         frames.append(frame)
     pauses = {0: 1200, steps: 500}
     content, times = io.BytesIO(), [pauses.get(index, 80) for index in range(len(frames))]
@@ -1493,7 +1568,7 @@ def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int = 
     """Draws points (N, 2) coloured by class with a legend; the class `strong` (NULL_CLASS: each) in
     full colour, the others pale."""
     for label, name in enumerate(CLASS_NAMES):
-        alpha, size = (0.7, 9) if strong in (NULL_CLASS, label) else (0.2, 5)
+        alpha, size = (0.8, 9) if strong in (NULL_CLASS, label) else (0.35, 6)
         style = {"s": size, "alpha": alpha, "color": CLASS_COLOURS[label], "linewidths": 0}
         axes.scatter(*points[labels == label].T, label=name, **style)
     place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
@@ -1525,23 +1600,26 @@ def place_labels(axes, points: np.ndarray, texts: dict[int, str]) -> None:
 
 
 def path_figure(
-    images: Tensor, path: np.ndarray, captions: list[str], scatter: np.ndarray, labels: np.ndarray,
-    title: str, strong: int,
+    images: Tensor, rows: list[str], path: np.ndarray, captions: list[str], scatter: np.ndarray,
+    labels: np.ndarray, titles: tuple[str, str], strong: int,
 ) -> Figure:  # fmt: skip
     """Trajectories from noise to image, and the first of them as a path among validation images.
 
     Args:
-        images: uint8 (R, S + 1, 1, 28, 28), a trajectory a row; every other state is shown.
+        images, rows: uint8 (R, S + 1, 1, 28, 28), every other column is shown; and the rows' names.
         path, captions: (S + 1, 2) and S + 1, the first trajectory's, in the plane of the scatter.
         scatter, labels: (N, 2) and (N,), the validation images there, and their classes.
+        titles: of the upper and the lower half.
         strong: the class that stands out (NULL_CLASS: none does).
     """
-    figure = Figure(figsize=(9, 9.2))
-    top = figure.add_axes((0.02, 0.65, 0.96, 0.3))
-    bottom = figure.add_axes((0.06, 0.05, 0.74, 0.54))
+    upper, lower = 0.8 * len(rows), 4.8  # inches
+    height = upper + lower + 1.0
+    figure = Figure(figsize=(9.4, height))
+    top = figure.add_axes((0.08, (lower + 0.8) / height, 0.92, upper / height))
+    bottom = figure.add_axes((0.08, 0.45 / height, 0.76, (lower - 0.2) / height))
     captions = [caption.replace(" ", "") for caption in captions]
-    draw_grid(top, images[:, ::2], [f"path {row + 1}" for row in range(len(images))], captions[::2])
-    top.set_title(title, fontsize=12)
+    draw_grid(top, images[:, ::2], rows, captions[::2])
+    top.set_title(titles[0], fontsize=12)
     scatter_classes(bottom, scatter, labels, strong)
     bottom.plot(*path.T, color="black", lw=1.5, zorder=4)
     arrow = {"arrowstyle": "-|>", "color": "black", "lw": 1}
@@ -1550,8 +1628,7 @@ def path_figure(
     bottom.plot(*path[0], "s", color="white", markeredgecolor="black", markersize=9, zorder=5)
     bottom.plot(*path[-1], "*", color="gold", markeredgecolor="black", markersize=17, zorder=5)
     bottom.set(xlabel="first principal component", ylabel="second principal component")
-    text = "path 1 from noise (square) to image (star) among validation images"
-    bottom.set_title(text, fontsize=10)
+    bottom.set_title(titles[1], fontsize=10)
     bottom.autoscale_view()  # the labels' places depend on the limits
     shown = range(0, len(path), max(1, len(path) // 5))
     place_labels(bottom, path, {step: captions[step] for step in shown})
@@ -1569,27 +1646,60 @@ def save_samples(models: Models, output: Path) -> None:
     save_grid(output / "samples" / f"samples_epoch_{models.epoch}.png", images, rows, [], title)
 
 
-def save_trajectories(models: Models, data: Data, output: Path, rows: int = 4) -> None:
-    """Animation and denoising path of each class; or, where there are none, of ten samples."""
+def save_trajectories(models: Models, data: Data, output: Path, paths: int = 2) -> None:
+    """Animation and denoising path of each class; or, where there are none, of ten samples. They
+    are the first samples of the sampling seed, by the deterministic sampler."""
     titles = CLASS_NAMES if CONDITIONAL else [f"sample {number}" for number in range(10)]
-    labels = labels_in_turn(rows * len(titles), models.device)
+    labels = labels_in_turn(paths * len(titles), models.device)
     noise, classes = noise_of_samples(models, range(len(labels)))(), class_weights(labels)
     drawn = draw_trajectories(models, noise, classes, PATH_STEPS)
-    images, noised = (decode_images(models, part) for part in (drawn.states, drawn.noised))
+    back = {"state": state_pictures(drawn.states), "image": decode_images(models, drawn.states)}
+    back["guess"] = decode_images(models, drawn.guesses)
+    out = [decode_images(models, drawn.noised), state_pictures(drawn.noised)]
+    shown = list(back) if drawn.states.shape[2:] != (1, 28, 28) else ["state", "guess"]
     pca, space = PCA(n_components=2, random_state=0), embed_images(models, data.validation_images)
     scatter = pca.fit_transform(space.flatten(1).cpu().numpy())[:2000]
-    classes = data.validation_labels[:2000].cpu().numpy()
+    explained, classes = pca.explained_variance_ratio_.sum(), data.validation_labels[:2000].tolist()
+    page = {"captions": drawn.captions, "rows": shown, "classes": {}}
+    page |= {"scatter": np.round(scatter[:600], 2).tolist(), "labels": classes[:600]}
     for index, title in enumerate(titles):
         name = f"{re.sub('[/ ]', '-', title)}_epoch_{models.epoch}"
         path = output / "diffusion_animation" / f"diffusion_animation_class_{name}.gif"
-        save_animation(images[:, index], noised[:, index], drawn.captions, title, path)
-        shown = images[:, index :: len(titles)].transpose(0, 1)
-        line = pca.transform(drawn.states[:, index].flatten(1).cpu().numpy())
-        heading = f"{rows} paths from noise to image; the first is {title}"
+        there, again = out, [back[part] for part in ("image", "state", "guess")]
+        ways = [[part[:, index] for part in way] for way in (there, again)]
+        save_animation(*ways, drawn.captions, title, path)
+        places = range(index, len(labels), len(titles))
+        images = [back[name][:, place] for place in places for name in shown]
+        rows = [f"{name} {number + 1}" for number in range(paths) for name in shown]
+        states = drawn.states[:, index].flatten(1).cpu()
+        line, steps = pca.transform(states.numpy()), states.diff(dim=0).norm(dim=1).sum()
+        bend = steps / (states[-1] - states[0]).norm()
+        lower = (
+            f"path 1, from noise (square) to image (star). The plane holds {explained:.0%} of the "
+        )
+        lower += f"variance;\nin all dimensions the path is {bend:.2f} times as long as its chord"
+        heads = f"{title}: {paths} paths from noise to image", lower
         strong = int(labels[index])
-        figure = path_figure(shown, line, drawn.captions, scatter, classes, heading, strong)
+        figure = path_figure(
+            torch.stack(images),
+            rows,
+            line,
+            drawn.captions,
+            scatter,
+            np.array(classes),
+            heads,
+            strong,
+        )
         path = output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png"
         save_figure(figure, path)
+        strip = make_grid(torch.cat(images[: len(shown)]), nrow=len(line), padding=0)[0]
+        content = io.BytesIO()
+        Image.fromarray(strip.cpu().numpy()).save(content, "PNG")
+        picture = base64.b64encode(content.getvalue()).decode()
+        page["classes"][title] = {"path": np.round(line, 2).tolist(), "strip": picture}
+        page["classes"][title] |= {"file": re.sub("[/ ]", "-", title), "label": strong}
+    path = output / "denoise_with_diffusion_path" / f"paths_epoch_{models.epoch}.json"
+    write_figure(path, json.dumps(page).encode())
 
 
 def save_all_figures(models: Models, data: Data, output: Path) -> None:
@@ -1601,6 +1711,7 @@ def save_all_figures(models: Models, data: Data, output: Path) -> None:
     save_samples(models, output)
     save_trajectories(models, data, output)
     save_own_figures(models, data, output)
+    save_page(models, output)
     seconds = time.perf_counter() - started
     tqdm.write(f"figures of epoch {models.epoch} written in {seconds:.0f} s")
 
@@ -1619,6 +1730,167 @@ def save_requested_samples(models: Models, request: argparse.Namespace, output: 
     path = output / "samples" / name
     save_grid(path, images, [], [], f"{title}, seed {models.config.sampling_seed}")
     print(f"samples: {path}")
+
+
+# --- The run's page -------------------------------------------------------------------------------
+
+PAGE = string.Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 60rem; margin: auto; padding: 1rem }
+img, svg { max-width: 100%; height: auto }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .85rem }
+td, th { padding: .1rem .6rem; text-align: right; white-space: nowrap }
+pre { overflow-x: auto; padding: .6rem; border: 1px solid #8888 }
+button { font: inherit; margin: .1rem; padding: .2rem .6rem }
+button[aria-selected=true] { background: #06c; color: #fff }
+input[type=range] { width: 100% }
+.tiles { display: flex; flex-wrap: wrap; gap: 1rem }
+.tile { width: 112px; height: 112px; image-rendering: pixelated; background-size: auto }
+</style>
+<h1>$title</h1>
+<p>$state</p>
+<h2>Samples</h2>
+<label>epoch <output id="epoch"></output>
+<input type="range" id="samples" min="0" value="999" aria-label="epoch"></label>
+<p><img id="sheet" alt="samples of the epoch that the slider shows"></p>
+<section id="paths" hidden>
+<h2>From noise to image</h2>
+<div role="tablist" id="tabs"></div>
+<label><output id="time"></output>
+<input type="range" id="step" min="0" value="0" aria-label="step from noise to image"></label>
+<div class="tiles" id="tiles"></div>
+<svg id="plane" viewBox="0 0 600 400" role="img" aria-label="the path among real images"></svg>
+<p><img id="animation" alt="animation of this class"> <img id="figure" alt="denoising paths"></p>
+</section>
+$figures
+<h2>Metrics</h2>
+$metrics
+<h2>Settings</h2>
+$settings
+<h2>Resume, sample, extend</h2>
+<pre>$commands</pre>
+<script>
+const sheets = $sheets, paths = $paths, get = id => document.getElementById(id);
+const colours = ["#1f77b4","#ff7f0e","#2ca02c","#d62728","#9467bd","#8c564b","#e377c2","#7f7f7f",
+  "#bcbd22","#17becf"];
+function showSheet() {
+  const [epoch, file] = sheets[get("samples").value] || ["none yet", ""];
+  get("epoch").textContent = epoch;
+  get("sheet").src = file;
+}
+if (sheets.length) { get("samples").max = sheets.length - 1; showSheet(); }
+get("samples").oninput = showSheet;
+if (paths) {
+  const points = Object.values(paths.classes).flatMap(c => c.path).concat(paths.scatter);
+  const [xs, ys] = [0, 1].map(k => points.map(p => p[k]));
+  const [left, top] = [Math.min(...xs), Math.max(...ys)];
+  const scale = Math.min(560 / (Math.max(...xs) - left), 360 / (top - Math.min(...ys)));
+  const place = p => [20 + (p[0] - left) * scale, 20 + (top - p[1]) * scale];
+  const dot = (p, r, fill, more) => `<circle cx="$${place(p)[0]}" cy="$${place(p)[1]}" r="$${r}"
+    fill="$${fill}" $${more}/>`;
+  let current;
+  function showStep() {
+    const step = get("step").value;
+    get("time").textContent = paths.captions[step];
+    for (const [row, tile] of [...get("tiles").querySelectorAll(".tile")].entries())
+      tile.style.backgroundPosition = `-$${112 * step}px -$${112 * row}px`;
+    get("plane").lastElementChild.outerHTML =
+      dot(current.path[step], 7, "gold", 'stroke="black" stroke-width="2"');
+  }
+  function showClass(name) {
+    current = paths.classes[name];
+    for (const tab of get("tabs").children)
+      tab.setAttribute("aria-selected", tab.textContent == name);
+    get("tiles").innerHTML = paths.rows.map(row => `<figure style="margin:0"><div class="tile"
+      style="background-image:url(data:image/png;base64,$${current.strip});background-size:
+      $${112 * paths.captions.length}px"></div><figcaption>$${row}</figcaption></figure>`).join("");
+    get("plane").innerHTML = paths.scatter.map((p, i) => dot(p, 2.5, colours[paths.labels[i]],
+      `opacity="$${paths.labels[i] == current.label ? .9 : .35}"`)).join("") + `<polyline fill="none"
+      stroke="currentColor" stroke-width="2" points="$${current.path.map(place).join(" ")}"/><g/>`;
+    get("animation").src = paths.gif.replace("NAME", current.file);
+    get("figure").src = paths.png.replace("NAME", current.file);
+    showStep();
+  }
+  for (const name of Object.keys(paths.classes)) {
+    const tab = document.createElement("button");
+    [tab.textContent, tab.role, tab.onclick] = [name, "tab", () => showClass(name)];
+    get("tabs").append(tab);
+  }
+  get("step").max = paths.captions.length - 1;
+  get("step").oninput = showStep;
+  get("paths").hidden = false;
+  showClass(Object.keys(paths.classes)[0]);
+}
+</script>
+""")
+
+
+def rows_of_table(rows: list[list]) -> str:
+    """A table in HTML, its first row the heading."""
+    cells = [[html.escape(f"{x:.5g}" if isinstance(x, float) else str(x)) for x in r] for r in rows]
+    tags = ["th", *["td"] * (len(rows) - 1)]
+    lines = ["".join(f"<{tag}>{x}</{tag}>" for x in row) for tag, row in zip(tags, cells)]
+    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+
+
+def save_page(models: Models, output: Path) -> None:
+    """The run's page, index.html: its pictures stand beside it, by relative links, so the folder
+    can be moved; it needs no network and no library. Reload it while the run goes on."""
+
+    def newest(folder: Path) -> list[tuple[int, str]]:
+        found = [(re.search(r"_epoch_(\d+)", path.name), path) for path in folder.iterdir()]
+        named = [(int(match[1]), path) for match, path in found if match]
+        return sorted((epoch, path.relative_to(output).as_posix()) for epoch, path in named)
+
+    own = ("samples", "diffusion_animation", "denoise_with_diffusion_path")
+    folders = sorted({path.parent for path in output.glob("*/*_epoch_*.png")})
+    sections = ["<h2>Losses</h2><p><img src='loss_curves.png' alt='loss curves'></p>"]
+    for folder in [folder for folder in folders if folder.name not in own]:
+        files = newest(folder)
+        last = [file for epoch, file in files if epoch == files[-1][0]]
+        pictures = "".join(f"<p><img src='{html.escape(file)}' alt=''></p>" for file in last)
+        sections.append(f"<h2>{html.escape(folder.name.replace('_', ' '))}</h2>{pictures}")
+    paths, name = "null", "denoise_with_diffusion_path"
+    for file in sorted((output / name).glob("paths_epoch_*.json"), key=lambda f: f.stat().st_mtime)[
+        -1:
+    ]:
+        epoch = re.search(r"\d+", file.name)[0]
+        links = {"gif": f"diffusion_animation/diffusion_animation_class_NAME_epoch_{epoch}.gif"}
+        links |= {"png": f"{name}/denoising_path_NAME_epoch_{epoch}.png"}
+        paths = json.dumps(json.loads(file.read_text()) | links)
+    config, sizes = (
+        models.config,
+        [p.numel() for n in models.networks.values() for p in n.parameters()],
+    )
+    usual = default_settings(models.device)
+    settings = [["setting", "value", "default"]]
+    for key, value in dataclasses.asdict(config).items():
+        settings.append([key, value, "" if value == usual[key] else f"not {usual[key]!r}"])
+    minutes = sum(row["seconds"] for row in models.history) / 60
+    machine = platform.processor() or platform.machine()
+    if models.device.type == "cuda":
+        machine = torch.cuda.get_device_name(models.device)
+    last = models.history[-1] if models.history else {"stage": "no stage", "epoch": 0}
+    state = f"{sum(sizes) / 1e6:.2f} M parameters on {models.device} ({machine}, "
+    state += (
+        f"{torch.get_num_threads()} threads), torch {torch.__version__}. {minutes:.1f} minutes of "
+    )
+    state += f"training up to epoch {last['epoch']} of {last['stage']}; this page is of "
+    state += f"{time.strftime('%Y-%m-%d %H:%M')}. Command: {shlex.join(sys.argv)}"
+    script = shlex.join(["python", Path(__file__).name, "--output-dir", str(output)])
+    commands = f"{script}\n{script} --sample-only --num-samples 16\n"
+    commands += f"{script} --epochs {2 * config.epochs}"
+    samples = newest(output / "samples") if (output / "samples").is_dir() else []
+    metrics = [METRICS, *([row[name] for name in METRICS] for row in models.history)]
+    page = PAGE.substitute(
+        title=html.escape(f"{VERSION}: {output.name}"), state=html.escape(state),
+        figures="\n".join(sections), metrics=rows_of_table(metrics), paths=paths,
+        settings=rows_of_table(settings), commands=html.escape(commands), sheets=json.dumps(samples),
+    )  # fmt: skip
+    write_figure(output / "index.html", page.encode())
 
 
 # --- main -----------------------------------------------------------------------------------------
