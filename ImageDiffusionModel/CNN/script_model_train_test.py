@@ -1747,7 +1747,7 @@ pre { overflow-x: auto; padding: .6rem; border: 1px solid #8888 }
 button { font: inherit; margin: .1rem; padding: .2rem .6rem }
 button[aria-selected=true] { background: #06c; color: #fff }
 input[type=range] { width: 100% }
-.tiles { display: flex; flex-wrap: wrap; gap: 1rem }
+.tiles { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center }
 .tile { width: 112px; height: 112px; image-rendering: pixelated; background-size: auto }
 </style>
 <h1>$title</h1>
@@ -1762,8 +1762,9 @@ input[type=range] { width: 100% }
 <label><output id="time"></output>
 <input type="range" id="step" min="0" value="0" aria-label="step from noise to image"></label>
 <div class="tiles" id="tiles"></div>
-<svg id="plane" viewBox="0 0 600 400" role="img" aria-label="the path among real images"></svg>
-<p><img id="animation" alt="animation of this class"> <img id="figure" alt="denoising paths"></p>
+<div class="tiles"><img id="animation" alt="animation of this class">
+<svg id="plane" width="600" viewBox="0 0 600 400" role="img" aria-label="path among real images"></svg>
+</div><p><img id="figure" alt="denoising paths"></p>
 </section>
 $figures
 <h2>Metrics</h2>
@@ -1808,8 +1809,8 @@ if (paths) {
       style="background-image:url(data:image/png;base64,$${current.strip});background-size:
       $${112 * paths.captions.length}px"></div><figcaption>$${row}</figcaption></figure>`).join("");
     get("plane").innerHTML = paths.scatter.map((p, i) => dot(p, 2.5, colours[paths.labels[i]],
-      `opacity="$${paths.labels[i] == current.label ? .9 : .35}"`)).join("") + `<polyline fill="none"
-      stroke="currentColor" stroke-width="2" points="$${current.path.map(place).join(" ")}"/><g/>`;
+      `opacity="$${paths.labels[i] == current.label ? .9 : .35}"`)).join("") +
+      `<polyline fill="none" stroke="currentColor" stroke-width="2" points="$${current.path.map(place).join(" ")}"/><g/>`;
     get("animation").src = paths.gif.replace("NAME", current.file);
     get("figure").src = paths.png.replace("NAME", current.file);
     showStep();
@@ -1888,7 +1889,8 @@ def save_page(models: Models, output: Path) -> None:
     page = PAGE.substitute(
         title=html.escape(f"{VERSION}: {output.name}"), state=html.escape(state),
         figures="\n".join(sections), metrics=rows_of_table(metrics), paths=paths,
-        settings=rows_of_table(settings), commands=html.escape(commands), sheets=json.dumps(samples),
+        settings=rows_of_table(settings), commands=html.escape(commands),
+        sheets=json.dumps(samples).replace("</", "<\\/"),
     )  # fmt: skip
     write_figure(output / "index.html", page.encode())
 

@@ -241,7 +241,7 @@ class VariationalAutoencoder(nn.Module):
 
 def negative_elbo(
     autoencoder: VariationalAutoencoder, images: Tensor, rng: Rng, *, kl_weight: float
-) -> Tensor:
+) -> dict[str, Tensor]:
     """-log p(x | z) + kl_weight KL(q(z | x) || N(0, 1)) in nats per pixel, for images (B, 1, 28,
     28) in [-1, 1]: Kingma & Welling 2014, Eq. 7 with one z per image.
 
@@ -254,7 +254,8 @@ def negative_elbo(
     log_scale = autoencoder.log_scale
     nll = (error / log_scale.exp() + log_scale + math.log(2)).sum(dim=(1, 2, 3)).mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)  # App. B
-    return (nll + kl_weight * kl.sum(dim=(1, 2, 3)).mean()) / images[0].numel()
+    pixels, kl = images[0].numel(), kl.sum(dim=(1, 2, 3)).mean()
+    return {"-log p(x | z)": nll / pixels, "KL divergence": kl_weight * kl / pixels}
 
 
 def active_units(means: Tensor) -> float:
@@ -1942,7 +1943,7 @@ pre { overflow-x: auto; padding: .6rem; border: 1px solid #8888 }
 button { font: inherit; margin: .1rem; padding: .2rem .6rem }
 button[aria-selected=true] { background: #06c; color: #fff }
 input[type=range] { width: 100% }
-.tiles { display: flex; flex-wrap: wrap; gap: 1rem }
+.tiles { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center }
 .tile { width: 112px; height: 112px; image-rendering: pixelated; background-size: auto }
 </style>
 <h1>$title</h1>
@@ -1957,8 +1958,9 @@ input[type=range] { width: 100% }
 <label><output id="time"></output>
 <input type="range" id="step" min="0" value="0" aria-label="step from noise to image"></label>
 <div class="tiles" id="tiles"></div>
-<svg id="plane" viewBox="0 0 600 400" role="img" aria-label="the path among real images"></svg>
-<p><img id="animation" alt="animation of this class"> <img id="figure" alt="denoising paths"></p>
+<div class="tiles"><img id="animation" alt="animation of this class">
+<svg id="plane" width="600" viewBox="0 0 600 400" role="img" aria-label="path among real images"></svg>
+</div><p><img id="figure" alt="denoising paths"></p>
 </section>
 $figures
 <h2>Metrics</h2>
@@ -2003,8 +2005,8 @@ if (paths) {
       style="background-image:url(data:image/png;base64,$${current.strip});background-size:
       $${112 * paths.captions.length}px"></div><figcaption>$${row}</figcaption></figure>`).join("");
     get("plane").innerHTML = paths.scatter.map((p, i) => dot(p, 2.5, colours[paths.labels[i]],
-      `opacity="$${paths.labels[i] == current.label ? .9 : .35}"`)).join("") + `<polyline fill="none"
-      stroke="currentColor" stroke-width="2" points="$${current.path.map(place).join(" ")}"/><g/>`;
+      `opacity="$${paths.labels[i] == current.label ? .9 : .35}"`)).join("") +
+      `<polyline fill="none" stroke="currentColor" stroke-width="2" points="$${current.path.map(place).join(" ")}"/><g/>`;
     get("animation").src = paths.gif.replace("NAME", current.file);
     get("figure").src = paths.png.replace("NAME", current.file);
     showStep();
@@ -2083,7 +2085,8 @@ def save_page(models: Models, output: Path) -> None:
     page = PAGE.substitute(
         title=html.escape(f"{VERSION}: {output.name}"), state=html.escape(state),
         figures="\n".join(sections), metrics=rows_of_table(metrics), paths=paths,
-        settings=rows_of_table(settings), commands=html.escape(commands), sheets=json.dumps(samples),
+        settings=rows_of_table(settings), commands=html.escape(commands),
+        sheets=json.dumps(samples).replace("</", "<\\/"),
     )  # fmt: skip
     write_figure(output / "index.html", page.encode())
 
