@@ -1808,7 +1808,7 @@ input[type=range] { width: 100% }
 <input type="range" id="step" min="0" value="0" aria-label="step from noise to image"></label>
 <div class="tiles" id="tiles"></div>
 <div class="tiles"><img id="animation" alt="animation of this class">
-<svg id="plane" width="600" viewBox="0 0 600 400" role="img" aria-label="path among real images"></svg>
+<svg id="plane" width="600" viewBox="0 0 600 400" role="img" aria-label="path among images"></svg>
 </div><p><img id="figure" alt="denoising paths"></p>
 </section>
 $figures
@@ -1855,7 +1855,8 @@ if (paths) {
       $${112 * paths.captions.length}px"></div><figcaption>$${row}</figcaption></figure>`).join("");
     get("plane").innerHTML = paths.scatter.map((p, i) => dot(p, 2.5, colours[paths.labels[i]],
       `opacity="$${paths.labels[i] == current.label ? .9 : .35}"`)).join("") +
-      `<polyline fill="none" stroke="currentColor" stroke-width="2" points="$${current.path.map(place).join(" ")}"/><g/>`;
+      `<polyline fill="none" stroke="currentColor" stroke-width="2"
+      points="$${current.path.map(place).join(" ")}"/><g/>`;
     get("animation").src = paths.gif.replace("NAME", current.file);
     get("figure").src = paths.png.replace("NAME", current.file);
     showStep();
