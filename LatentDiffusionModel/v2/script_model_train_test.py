@@ -1267,6 +1267,8 @@ class Stage:
 
     def restore(self, state: dict) -> None:
         """The inverse of `state`. Raises ExperimentError if the state does not fit."""
+        if not {"step", "loss_sums", "seconds"} <= state.keys():
+            raise ExperimentError("the checkpoint was written by another release: see --fresh")
         for name, part in self.parts.items():
             load_state(part, state.get(name))
         self.step, self.loss_sums = state["step"], state["loss_sums"]
@@ -1371,10 +1373,8 @@ def noted_signals() -> Iterator[list[int]]:
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
-    noted, old = [], {number: signal.getsignal(number) for number in numbers}
-    old = {
-        number: handler for number, handler in old.items() if handler not in (signal.SIG_IGN, None)
-    }
+    heeded = [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    noted, old = [], {number: signal.getsignal(number) for number in heeded}
 
     def restore(*_):
         for number, handler in old.items():
