@@ -1109,8 +1109,9 @@ def find_checkpoint(folder: Path) -> dict | None:
         return None
     if path != last:
         print(f"warning: {last} is missing or damaged, continuing from {path}")
-        with contextlib.suppress(OSError):
-            os.replace(last, folder / f"damaged_{time.time_ns()}.pt")
+        if last in paths:  # it was read, and is damaged
+            with contextlib.suppress(OSError):
+                os.replace(last, folder / f"damaged_{time.time_ns()}.pt")
     advice = "choose another --output-dir, or start over with --fresh"
     if content["version"] != VERSION:
         raise ExperimentError(f"{path} belongs to {content['version']}, not to {VERSION}: {advice}")
@@ -1343,7 +1344,8 @@ class Run:
     def draw(self, epoch: int) -> None:
         """Draws samples after an epoch of the diffusion, now and then all figures. Those of the
         last epoch are drawn when training is over."""
-        if self.stages["diffusion"].step == self.stages["diffusion"].total_steps:
+        stage = self.stages.get("diffusion")
+        if stage is None or stage.step == stage.total_steps:
             return
         if epoch % self.config.figures_every == 0:
             save_all_figures(self.models, self.data, self.output)

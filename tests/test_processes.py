@@ -1,0 +1,208 @@
+"""Several processes: `torchrun` on one machine, with gloo."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import load_script
+from script_runs import EXPERIMENTS, each_of, every_script, flags, read, steps
+
+CNN = next(each for each in EXPERIMENTS if each.name == "ImageDiffusionModel/CNN")
+V3 = next(each for each in EXPERIMENTS if each.name == "LatentDiffusionModel/v3")
+# In float32: in bfloat16 a batch cut in two is rounded otherwise. Figures are left out.
+LAUNCHER = """
+import importlib.util, sys, time, torch
+torch.cpu.get_capabilities = dict
+torch.set_num_threads(1)
+path, arguments = sys.argv[1], sys.argv[2:]
+spec = importlib.util.spec_from_file_location("script", path)
+script = importlib.util.module_from_spec(spec)
+sys.modules["script"] = script
+spec.loader.exec_module(script)
+for name in ("save_all_figures", "save_samples", "save_loss_curves", "save_page",
+             "save_reconstructions"):
+    if hasattr(script, name):
+        setattr(script, name, lambda *args: None)
+PREPARE
+sys.exit(script.exit_status(lambda: script.main(arguments)))
+"""
+# Each step waits until a file says that it may go on, so that a signal comes in the midst of it.
+SLOWLY = """
+real_step = script.train_step
+def slow_step(*args):
+    time.sleep(0.1)
+    return real_step(*args)
+script.train_step = slow_step
+"""
+POISON = """
+real_step = script.train_step
+def poisoned_step(stage, batch, rng):
+    if script.rank() == 1 and stage.step == 5:
+        batch[0] = script.to_float(batch[0]) * float("nan")
+    return real_step(stage, batch, rng)
+script.train_step = poisoned_step
+"""
+
+
+class Launched:
+    """A run of a script by torchrun, in so many processes."""
+
+    def __init__(self, folder, experiment, arguments, count, prepare=""):
+        launcher = folder / f"launcher_{time.time_ns()}.py"
+        launcher.write_text(LAUNCHER.replace("PREPARE", textwrap.dedent(prepare)))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        command = [sys.executable, *(torchrun if count else []), launcher, experiment.path]
+        self.out = open(folder / "stdout.txt", "w+")  # noqa: SIM115
+        self.err = open(folder / "stderr.txt", "w+")  # noqa: SIM115
+        streams = {"stdin": subprocess.DEVNULL, "stdout": self.out, "stderr": self.err}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command += arguments
+        self.process = subprocess.Popen([*map(str, command)], **streams, env=environment)
+
+    def wait_for(self, text, seconds=120):
+        deadline = time.monotonic() + seconds
+        while text not in self.text(self.out):
+            assert self.process.poll() is None, self.text(self.err)
+            assert time.monotonic() < deadline, self.text(self.out)
+            time.sleep(0.02)
+
+    def workers(self):
+        """The processes' numbers."""
+        children = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        with open(children) as file:
+            return [int(number) for number in file.read().split()]
+
+    def end(self, seconds=120):
+        status = self.process.wait(seconds)
+        return status, self.text(self.out), self.text(self.err)
+
+    @staticmethod
+    def text(file):
+        file.flush()
+        with open(file.name) as copy:
+            return copy.read()
+
+
+def launch(folder, experiment, arguments, count, prepare=""):
+    """Runs to the end, which must be a good one; returns what was printed."""
+    status, out, err = Launched(folder, experiment, arguments, count, prepare).end()
+    assert status == 0, out + err
+    return out
+
+
+def weights(output):
+    """All averaged weights of a run, as one vector."""
+    stages = read(output)["stages"].values()
+    parts = [value.flatten().double() for stage in stages for value in stage["ema"].values()]
+    return torch.cat(parts)
+
+
+def test_a_process_draws_the_numbers_of_the_whole_batch_and_keeps_its_rows(script_v3):
+    cpu = torch.device("cpu")
+    whole = script_v3.Rng(7, cpu)
+    parts = [script_v3.Rng(7, cpu, rank=rank, world=3) for rank in range(3)]
+    for draw in ("randn", "rand"):
+        expected = getattr(whole, draw)(6, 2)
+        assert torch.equal(expected, torch.cat([getattr(part, draw)(2, 2) for part in parts]))
+    expected = whole.randint(1, 100, 6)
+    assert torch.equal(expected, torch.cat([part.randint(1, 100, 2) for part in parts]))
+
+
+@every_script
+def test_two_processes_train_the_model_that_one_would(experiment, tiny_data_dir, tmp_path):
+    script, outputs = load_script(experiment.path), [tmp_path / "one", tmp_path / "two"]
+    for count, output in enumerate(outputs):
+        arguments = flags(script, output, tiny_data_dir) + ["--export-samples=5"]
+        out = launch(tmp_path, experiment, arguments, 2 * count)
+        assert out.count("diffusion: epoch 3 of 3") == 1  # process 0 alone prints
+        assert (", 2 processes" in out) == bool(count)
+    one, two = map(weights, outputs)
+    path = script.Run(
+        script.Settings(**read(outputs[0])["config"]),
+        script.Data(*[torch.zeros(1)] * 4),
+        tmp_path,
+        None,
+    )
+    start = torch.cat(
+        [v.flatten().double() for a in path.averages.values() for v in a.state_dict().values()]
+    )
+    assert (one - start).norm() > 0.1  # it has learnt something
+    assert (one - two).norm() < 0.01 * (one - start).norm()
+    rows = [read(output)["history"] for output in outputs]
+    for a, b in zip(*rows, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+        assert a["validation_loss"] == pytest.approx(b["validation_loss"], rel=1e-3)
+    files = [np.load(output / "samples.npz") for output in outputs]
+    assert np.array_equal(files[0]["arr_1"], files[1]["arr_1"])
+    difference = files[0]["arr_0"].astype(int) - files[1]["arr_0"]
+    assert np.abs(difference).mean() < 1
+
+
+@each_of([V3])
+@pytest.mark.parametrize("counts", [(2, 0), (0, 2), (2, 2)])
+def test_a_stopped_run_goes_on_with_another_number_of_processes(
+    experiment, tiny_data_dir, tmp_path, counts
+):
+    script = load_script(experiment.path)
+    for folder, several in (("undisturbed", counts[1:]), ("stopped", counts)):
+        output = tmp_path / folder
+        for number, count in enumerate(several):
+            arguments = flags(script, output, tiny_data_dir, epochs=6)
+            stopping = folder == "stopped" and number == 0
+            run = Launched(tmp_path, experiment, arguments, count, SLOWLY if stopping else "")
+            if stopping:
+                run.wait_for("diffusion: epoch 1 of 6")
+                os.kill((run.workers() or [0])[-1] if count else run.process.pid, signal.SIGTERM)
+            status, out, err = run.end()
+            assert (status == 0) != stopping, out + err
+            if stopping:
+                assert re.search(r"SIGTERM at diffusion, step \d+ of 18: saved", err)
+                assert 3 <= steps(output)["diffusion"] < 18
+    one, two = weights(tmp_path / "undisturbed"), weights(tmp_path / "stopped")
+    if counts == (2, 2):
+        assert torch.equal(one, two)
+    assert (one - two).norm() < 0.01 * one.norm()
+
+
+@each_of([CNN])
+def test_a_process_that_is_killed_ends_the_others_and_its_work_is_saved(
+    experiment, tiny_data_dir, tmp_path
+):
+    script = load_script(experiment.path)
+    arguments = flags(script, tmp_path / "output", tiny_data_dir, epochs=100)
+    run = Launched(tmp_path, experiment, arguments, 2, SLOWLY)
+    run.wait_for("diffusion: epoch 2 of 100")
+    started = time.monotonic()
+    os.kill(run.workers()[-1], signal.SIGKILL)
+    status, _, err = run.end()
+    assert status != 0 and time.monotonic() - started < 30
+    assert "another process has ended" in err
+    assert steps(tmp_path / "output")["diffusion"] >= 6
+
+
+@each_of([CNN])
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(experiment, tiny_data_dir, tmp_path):
+    script = load_script(experiment.path)
+    arguments = flags(script, tmp_path / "output", tiny_data_dir)
+    status, _, err = Launched(tmp_path, experiment, arguments, 2, POISON).end()
+    assert status != 0
+    assert err.count("error: loss or gradient of diffusion is not finite at step 5") == 1
+    assert "another process has ended" not in err
+    assert steps(tmp_path / "output")["diffusion"] == 3
+
+
+@each_of([CNN])
+def test_a_batch_that_cannot_be_shared_is_one_clear_line(experiment, tiny_data_dir, tmp_path):
+    script = load_script(experiment.path)
+    arguments = flags(script, tmp_path / "output", tiny_data_dir, batch_size=15)
+    status, _, err = Launched(tmp_path, experiment, arguments, 2).end()
+    assert status != 0
+    assert err.count("error: 2 processes cannot share batches of 15 images") == 1

@@ -1,0 +1,407 @@
+"""Where people work: notebooks, clusters, shared folders, other people's file systems.
+
+What the harness does there is tested on v3.
+"""
+
+import contextlib
+import errno
+import io
+import multiprocessing
+import os
+import pty
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import FashionMNIST
+
+from conftest import ARCHIVES, load_script, write_tiny_data
+from script_runs import SCRIPT_V3, answer, flags, load_without_figures, on_v3, read, run, steps
+
+pytestmark = on_v3
+
+
+# Streams and notebooks
+
+
+@pytest.mark.parametrize("backend", ["module://nowhere.backend", "no_such_backend"])
+def test_an_inherited_matplotlib_backend_does_not_matter(
+    experiment, tiny_data_dir, tmp_path, backend
+):
+    command = [sys.executable, experiment.path, "--help"]
+    environment = {**os.environ, "MPLBACKEND": backend}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "--epochs" in done.stdout, done.stderr
+
+
+def test_the_callers_matplotlib_keeps_its_backend_and_settings(experiment, tmp_path):
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(experiment.path.parents[2] / "tests")!r})
+os.environ["MPLBACKEND"] = "svg"
+from sync_shared import load_script
+script = load_script({str(experiment.path)!r})
+import matplotlib
+matplotlib.rcParams["lines.linewidth"] = 7
+script.exit_status(lambda: None)
+assert matplotlib.rcParams["lines.linewidth"] == 7
+assert os.environ["MPLBACKEND"] == "svg"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_stream_without_reconfigure_will_do(module, tiny_data_dir, tmp_path):
+    class Stream(io.StringIO):
+        reconfigure = property()  # AttributeError, as of a notebook's streams
+
+    out, err = Stream(), Stream()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert run(module, flags(module, tmp_path / "output", tiny_data_dir)) == 0
+        assert sys.stdout is out  # given back
+    assert "diffusion: epoch 3 of 3" in out.getvalue()
+
+
+def test_a_log_has_the_lines_of_epochs_though_errors_go_to_a_terminal(
+    experiment, tiny_data_dir, tmp_path, module
+):
+    master, terminal = pty.openpty()
+    arguments = flags(module, tmp_path / "output", tiny_data_dir)
+    command = [sys.executable, str(experiment.path), *map(str, arguments), "--figures-every=99"]
+    with open(tmp_path / "log", "w") as log, contextlib.closing(os.fdopen(terminal, "w")) as err:
+        process = subprocess.Popen(command, stdout=log, stderr=err, stdin=subprocess.DEVNULL)
+        reader = threading.Thread(target=drain, args=(master,), daemon=True)
+        reader.start()
+        assert process.wait(240) == 0
+    assert (tmp_path / "log").read_text().count("diffusion: epoch") == 3
+
+
+def drain(descriptor):
+    with contextlib.suppress(OSError):
+        while os.read(descriptor, 1 << 16):
+            pass
+
+
+def test_main_trains_in_a_thread_of_a_program(module, tiny_data_dir, tmp_path):
+    failures = []
+
+    def work():
+        try:
+            module.main([str(part) for part in flags(module, tmp_path / "output", tiny_data_dir)])
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(240)
+    assert failures == []
+    assert steps(tmp_path / "output") == {"autoencoder": 6, "diffusion": 9}
+
+
+def test_two_quick_interrupts_are_a_keyboard_interrupt(module, tiny_data_dir, tmp_path, monkeypatch):
+    def interrupt(*args):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(module, "train_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        module.main([str(part) for part in flags(module, tmp_path / "output", tiny_data_dir)])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP", "SIGTERM"])
+def test_signals_of_schedulers_and_closed_shells_save(
+    module, tiny_data_dir, tmp_path, monkeypatch, name
+):
+    real, number = module.train_step, getattr(signal, name)
+
+    def step(stage, *args):
+        if stage.name == "diffusion" and stage.step == 4:
+            signal.raise_signal(number)
+        return real(stage, *args)
+
+    monkeypatch.setattr(module, "train_step", step)
+    status, err = answer(module, flags(module, tmp_path / "output", tiny_data_dir))
+    assert status == 128 + number
+    assert f"{name} at diffusion, step 5 of 9: saved; run again to resume" in err
+    assert steps(tmp_path / "output")["diffusion"] == 5
+
+
+# Libraries, devices, memory
+
+
+def test_the_callers_default_dtype_does_not_matter(module, undisturbed):
+    torch.set_default_dtype(torch.float64)
+    try:
+        models = module.load_trained(undisturbed, "cpu")
+        images = module.generate_samples(models, torch.tensor([1, 2]))
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = module.generate_samples(module.load_trained(undisturbed, "cpu"), torch.tensor([1, 2]))
+    assert torch.equal(images, expected)
+
+
+def test_an_unusable_gpu_is_a_warning_under_auto_and_an_error_if_asked_for(
+    module, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    real = torch.ones
+
+    def ones(*size, device=None, **options):
+        if str(device).startswith("cuda"):
+            raise RuntimeError("CUDA error: no kernel image is available for execution")
+        return real(*size, device=device, **options)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    assert module.pick_device("auto").type == "cpu"
+    assert "warning: cannot use device 'cuda': CUDA error: no kernel" in capsys.readouterr().out
+    with pytest.raises(module.ExperimentError, match="cannot use device 'cuda'"):
+        module.pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    ],
+    ids=["CPU", "Python", "CUDA", "MPS"],
+)
+def test_too_little_memory_is_one_line(module, tiny_data_dir, tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(module, "train_step", fail)
+    status, err = answer(module, flags(module, tmp_path / "output", tiny_data_dir))
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert "out of memory: smaller batches or widths need less" in err
+
+
+def test_other_runtime_errors_are_not_hidden(module, tiny_data_dir, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a fault of the script's own")
+
+    monkeypatch.setattr(module, "train_step", fail)
+    with pytest.raises(RuntimeError, match="own"):
+        answer(module, flags(module, tmp_path / "output", tiny_data_dir))
+
+
+def test_compile_without_a_compiler_is_one_line(experiment, module, tiny_data_dir, tmp_path):
+    arguments = [*flags(module, tmp_path / "output", tiny_data_dir), "--compile"]
+    environment = {**os.environ, "CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(experiment.path), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: --compile needs a C++ compiler")
+    assert "Traceback" not in done.stderr
+
+
+# Folders and files
+
+
+def test_the_home_folder_is_meant_in_every_path(module, undisturbed, monkeypatch, tmp_path):
+    home = tmp_path / "home"
+    write_tiny_data(home / "data")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    assert answer(module, flags(module, "~/runs", "~/data"))[0] == 0
+    asked = ["--sample-only", "--device=cpu", "--run-dir=~/runs", "--output-dir=~/pictures"]
+    assert answer(module, [*asked, "--num-samples=2"])[0] == 0
+    assert (home / "runs" / "checkpoints" / "last.pt").exists()
+    assert (home / "pictures" / "samples" / "samples.png").exists()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "index.html", "loss_curves.png"])
+def test_what_can_be_made_again_ends_no_run(experiment, tiny_data_dir, tmp_path, name):
+    script, output = load_script(experiment.path), tmp_path / "output"
+    (output / name).mkdir(parents=True)  # nothing can take its place
+    (output / name / "file").write_text("")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        assert run(script, flags(script, output, tiny_data_dir)) == 0
+    assert f"warning: cannot write {output / name}" in out.getvalue()
+    assert steps(output)["diffusion"] == 9
+    assert (output / "samples" / "samples_epoch_3.png").exists()
+
+
+def test_a_rename_is_tried_again_while_another_program_has_the_file(
+    module, tmp_path, monkeypatch
+):
+    real, attempts = os.replace, []
+
+    def replace(source, target):
+        attempts.append(target)
+        if len(attempts) < 3:
+            raise PermissionError(errno.EACCES, "in use", str(target))
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    module.write_atomically(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content" and len(attempts) == 3
+    attempts[:] = [None] * -100
+
+    def never(source, target):
+        raise PermissionError(errno.EACCES, "in use", str(target))
+
+    monkeypatch.setattr(os, "replace", never)
+    with pytest.raises(PermissionError):
+        module.write_atomically(tmp_path / "file", b"other")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_synced_is_no_error_but_a_broken_disk_is(
+    module, tmp_path, monkeypatch, code
+):
+    real = os.fsync
+
+    def fsync(file):
+        if stat.S_ISDIR(os.fstat(file if isinstance(file, int) else file.fileno()).st_mode):
+            raise OSError(code, os.strerror(code))
+        return real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    content = {**module.CHECKPOINT, "config": {}, "stages": {}, "history": []}
+    if code == errno.EIO:
+        with pytest.raises(OSError):
+            module.save_checkpoint(content, tmp_path)
+    else:
+        module.save_checkpoint(content, tmp_path)
+    assert module.read_checkpoint(tmp_path / "last.pt") == content
+
+
+def test_a_colleague_samples_from_a_run_that_only_its_owner_may_change(
+    module, output, tmp_path, monkeypatch
+):
+    for path in [*output.rglob("*"), output]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    real = os.open
+
+    def denied(path, *args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def opened(path, mode="r", *args, **options):
+        if "w" in mode and str(path).startswith(str(output)):
+            denied(path)
+        return real_open(path, mode, *args, **options)
+
+    real_open = open
+    monkeypatch.setattr(module, "open", opened, raising=False)  # the tests may run as root
+    asked = ["--sample-only", "--device=cpu", "--num-samples=2"]
+    status, err = answer(module, [*asked, f"--output-dir={output}"])
+    assert status == 2 and "give it as --run-dir" in err and real is os.open
+    own = tmp_path / "own"
+    assert answer(module, [*asked, f"--run-dir={output}", f"--output-dir={own}"])[0] == 0
+    assert (own / "samples" / "samples.png").exists()
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+# Data
+
+
+@pytest.fixture
+def archives_only(tmp_path, monkeypatch, module):
+    """A data folder with the archives alone, whose checksums are taken for those of
+    Fashion-MNIST."""
+    write_tiny_data(tmp_path / "data")
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    for name in ARCHIVES:
+        (raw / name.removesuffix(".gz")).unlink()
+    import hashlib
+
+    sums = {name: hashlib.md5((raw / name).read_bytes()).hexdigest() for name in ARCHIVES}
+    monkeypatch.setattr(FashionMNIST, "resources", list(sums.items()))
+    return raw
+
+
+def test_read_only_archives_are_enough(module, archives_only, no_network):
+    before = sorted(archives_only.iterdir())
+    for path in before:
+        path.chmod(0o444)
+    archives_only.chmod(0o555)
+    data = module.load_fashion_mnist(
+        module.Settings(data_dir=str(archives_only.parents[1])), torch.device("cpu")
+    )
+    archives_only.chmod(0o755)
+    assert len(data.train_images) + len(data.validation_images) == 640
+    assert sorted(archives_only.iterdir()) == before
+
+
+def test_a_damaged_archive_is_named_with_both_checksums(
+    module, archives_only, no_network, capsys
+):
+    path, good = archives_only / ARCHIVES[0], dict(FashionMNIST.resources)[ARCHIVES[0]]
+    path.write_bytes(path.read_bytes()[:-1])
+    config = module.Settings(data_dir=str(archives_only.parents[1]))
+    with pytest.raises(module.ExperimentError, match="Without a network, put whole copies"):
+        module.load_fashion_mnist(config, torch.device("cpu"))
+    assert f"{path} is damaged: its MD5 is" in (out := capsys.readouterr().out)
+    assert f"not {good}" in out
+
+
+def fetch(script_path, folder, archives, starts, results):
+    """In a process of its own: get the data, from `archives` instead of the network."""
+    module = load_script(script_path)
+    module.FashionMNIST = StandIn(archives)
+    starts.wait(60)
+    data = module.load_fashion_mnist(module.Settings(data_dir=str(folder)), torch.device("cpu"))
+    results.put((len(data.train_images) + len(data.validation_images), module.FashionMNIST.calls))
+
+
+class StandIn:
+    """torchvision's class as far as the harness uses it; a download takes a while."""
+
+    def __init__(self, archives):
+        self.archives, self.calls = archives, 0
+        import hashlib
+
+        sums = {n: hashlib.md5((archives / n).read_bytes()).hexdigest() for n in ARCHIVES}
+        self.resources = list(sums.items())
+
+    def __call__(self, root, train, download):
+        self.calls += 1
+        raw = root / "FashionMNIST" / "raw"
+        for name in ARCHIVES:
+            content = (self.archives / name).read_bytes()
+            with open(raw / name, "wb") as file:
+                file.write(content[: len(content) // 2])
+                file.flush()
+                time.sleep(0.1)
+                file.write(content[len(content) // 2 :])
+
+
+def test_of_several_runs_at_once_on_fresh_data_one_gets_it(experiment, tmp_path):
+    write_tiny_data(tmp_path / "source")
+    archives = tmp_path / "source" / "FashionMNIST" / "raw"
+    context = multiprocessing.get_context("forkserver")
+    starts, results = context.Event(), context.Queue()
+    arguments = experiment.path, tmp_path / "fresh", archives, starts, results
+    processes = [context.Process(target=fetch, args=arguments, daemon=True) for _ in range(3)]
+    for process in processes:
+        process.start()
+    starts.set()
+    answers = [results.get(timeout=120) for _ in processes]
+    assert [images for images, _ in answers] == [640] * 3
+    assert sum(calls for _, calls in answers) == 1
+
+
+def test_the_scripts_checkpoint_is_a_file_like_any_other(undisturbed):
+    """A colleague may read it: the umask decides, not the script."""
+    mode = (undisturbed / "checkpoints" / "last.pt").stat().st_mode
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(mode) == 0o666 & ~umask
+    assert np.isfinite(read(undisturbed)["history"][-1]["validation_loss"])
+    assert load_without_figures(SCRIPT_V3).VERSION in read(undisturbed)["version"]
