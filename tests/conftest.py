@@ -1,4 +1,4 @@
-"""Fixtures and helpers for all tests; test files import the helpers with `from conftest import ...`."""
+"""Fixtures for all tests, and helpers that test files import."""
 
 import functools
 import gzip
@@ -15,7 +15,7 @@ import torch
 
 import script_runs
 from script_runs import SCRIPT_V3
-from sync_shared import REPOSITORY, load_script
+from sync_shared import REPOSITORY, halves, load_script
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 import feature_extractor as fe
@@ -30,7 +30,8 @@ ARCHIVES = [
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults", action="store_true", help="also run the tests that kill every script again and again")
+    text = "also run the tests that kill every script again and again"
+    parser.addoption("--faults", action="store_true", help=text)
 
 
 def pytest_configure(config):
@@ -44,9 +45,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def run_script(path, *args, timeout=240, cwd=None, env=None):
-    """Run a Python file with this interpreter, without a terminal; `env` is added to the environment.
+    """Run a Python file with this interpreter, without a terminal; `env` is added to the
+    environment.
 
-    Returns the CompletedProcess, its output as text. Raises subprocess.TimeoutExpired after `timeout` seconds.
+    Returns the CompletedProcess, its output as text. Raises subprocess.TimeoutExpired.
     """
     return subprocess.run(
         [sys.executable, str(path), *map(str, args)],
@@ -60,7 +62,7 @@ def run_script(path, *args, timeout=240, cwd=None, env=None):
 
 
 def draw_shapes(labels, rng):
-    """Draw one uint8 image a label: a bright bar at the class's place, jittered, on faint noise."""
+    """Draw one uint8 image a label: a bright bar at its class's place, jittered, on faint noise."""
     images = rng.integers(0, 20, (len(labels), 28, 28), dtype=np.uint8)  # (N, 28, 28)
     jitter = rng.integers(0, 3, (len(labels), 2))
     brightness = rng.integers(150, 256, len(labels))
@@ -74,15 +76,16 @@ def draw_shapes(labels, rng):
 
 
 def write_idx(path, array):
-    """Write a uint8 array in the idx format of the MNIST data sets, and the gzip archive beside it."""
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-    content = header + array.tobytes()
+    """Write a uint8 array in the idx format of MNIST, and the gzip archive beside it."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    content = bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
     path.write_bytes(content)
     path.with_name(path.name + ".gz").write_bytes(gzip.compress(content, mtime=0))
 
 
 def write_tiny_data(root, train=640, test=160):
-    """Write a small data set of class-dependent shapes in torchvision's raw layout; the same bytes every time."""
+    """Write a small data set of shapes, one a class, in torchvision's raw layout; the same bytes
+    every time."""
     raw = Path(root) / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -93,7 +96,8 @@ def write_tiny_data(root, train=640, test=160):
 
 
 def provide_real_data(root):
-    """Return `root` with Fashion-MNIST in it, downloaded if need be; without it skip the test, or fail it under CI."""
+    """Return `root` with Fashion-MNIST in it, downloaded if need be; without it skip the test, or
+    fail it under CI."""
     raw = Path(root) / "FashionMNIST" / "raw"
     if all((raw / name).is_file() for name in ARCHIVES):
         return root
@@ -113,7 +117,8 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def tiny_data_dir(tmp_path_factory):
-    """Folder for --data-dir: 640 training and 160 test images of simple shapes. Copy it before you damage it."""
+    """Folder for --data-dir: 640 training and 160 test images of simple shapes. Copy it before you
+    damage it."""
     root = tmp_path_factory.mktemp("tiny_data")
     write_tiny_data(root)
     return root
@@ -121,7 +126,8 @@ def tiny_data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def scored_data_dir(tmp_path_factory):
-    """A data set with 600 training images besides the validation split and 300 test images; its cache is kept apart."""
+    """A data set with 600 training images besides the validation split and 300 test images; its
+    cache is kept apart."""
     root = tmp_path_factory.mktemp("scored_data")
     write_tiny_data(root, train=fe.VALIDATION_SIZE + 600, test=300)
     with pytest.MonkeyPatch.context() as patch:
@@ -150,12 +156,23 @@ def script_v3():
 
 
 @pytest.fixture(scope="session")
+def tiny_script(tmp_path_factory):
+    """The script of the tests' own experiment: tiny_experiment.py above the scripts' harness."""
+    path = tmp_path_factory.mktemp("tiny_experiment") / "script_model_train_test.py"
+    above = Path(__file__).with_name("tiny_experiment.py").read_text(encoding="utf-8")
+    path.write_text(above + "\n\n" + "\n".join(halves(SCRIPT_V3)[1]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def undisturbed_run(tiny_data_dir, tmp_path_factory):
-    """A function: the output folder of a script's tiny run, which nothing interrupted. Copy it before you change it."""
+    """A function: the output folder of a script's tiny run, which nothing interrupted. Copy it
+    before you change it."""
 
     @functools.cache
     def undisturbed(path):
-        module, output = script_runs.load_without_figures(path), tmp_path_factory.mktemp("undisturbed")
+        module = script_runs.load_without_figures(path)
+        output = tmp_path_factory.mktemp("undisturbed")
         assert script_runs.run(module, script_runs.flags(module, output, tiny_data_dir)) == 0
         done = script_runs.steps(output)
         assert done == {stage: {"autoencoder": 6, "diffusion": 9}[stage] for stage in done}

@@ -1,4 +1,4 @@
-"""The scripts, and tiny runs of them, for the tests of resuming, of checkpoints, of faults and of the command line."""
+"""The scripts, and tiny runs of them, for the tests of all that a run does."""
 
 import builtins
 import contextlib
@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,15 +21,16 @@ from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 
 SCRIPT_V3 = REPOSITORY / "LatentDiffusionModel" / "v3" / "script_model_train_test.py"
 UNCONDITIONAL = {"ImageDiffusionModel/CNN", "LatentDiffusionModel/v1"}
-CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-OWN_FOLDERS = {  # of figures that neither the family nor conditions imply
-    "ImageDiffusionModel/CNN": {"samplers"},
-    "ImageDiffusionModel/UNet": {"nearest_neighbours"},
-    "LatentDiffusionModel/v1": {"prior"},
-    "LatentDiffusionModel/v3": {"nearest_neighbours"},
+CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker"]
+CLASSES += ["Bag", "Ankle boot"]
+OWN_FIGURES = {  # that neither the family nor conditions imply
+    "ImageDiffusionModel/CNN": ["samplers"],
+    "ImageDiffusionModel/UNet": ["nearest_neighbours"],
+    "LatentDiffusionModel/v1": ["prior"],
+    "LatentDiffusionModel/v3": ["nearest_neighbours"],
 }
 WALL_CLOCK = ("seconds", "images_per_second")
-SAVERS = ("save_all_figures", "save_samples", "save_unconditional_samples", "save_reconstructions")  # of a training
+SAVERS = ("save_all_figures", "save_samples", "save_reconstructions")  # called in training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +55,24 @@ class Experiment:
     def stages(self):
         return ["autoencoder", "diffusion"] if self.latent else ["diffusion"]
 
-    def figures(self, epoch):
-        """Paths of the figures of a run that has ended after `epoch`, and the folders of all others."""
+    def figures(self, epoch, autoencoder_epoch=0):
+        """Paths of all figures of a run that has ended after so many epochs of its stages."""
         subjects = CLASSES if self.conditional else [f"sample {number}" for number in range(10)]
-        names = [f"{re.sub('[/ ]', '-', subject)}_epoch_{epoch}" for subject in subjects]
-        paths = {f"diffusion_animation/diffusion_animation_class_{name}.gif" for name in names}
-        paths |= {f"denoise_with_diffusion_path/denoising_path_{name}.png" for name in names}
-        paths |= {f"samples/samples_epoch_{number}.png" for number in range(1, epoch + 1)} | {"loss_curves.png"}
-        folders = OWN_FOLDERS.get(self.name, set()) | ({"guidance"} if self.conditional else set())
-        return paths, folders | ({"reconstruction", "latent_space", "interpolation"} if self.latent else set())
+        subjects = [re.sub("[/ ]", "-", subject) for subject in subjects]
+        paths = [f"diffusion_animation/diffusion_animation_class_{name}" for name in subjects]
+        paths = [f"{path}_epoch_{epoch}.gif" for path in paths]
+        own = [f"denoise_with_diffusion_path/denoising_path_{name}" for name in subjects]
+        own += [f"{name}/{name}" for name in OWN_FIGURES.get(self.name, [])]
+        own += ["guidance/guidance"] if self.conditional else []
+        if self.latent:
+            own += ["latent_space/latent_space", "interpolation/noises"]
+            own += ["interpolation/classes"] if self.conditional else []
+            done = range(1, autoencoder_epoch + 1)
+            paths += [f"reconstruction/reconstruction_epoch_{number}.png" for number in done]
+            paths += ["reconstruction/reconstruction.png"]
+        paths += [f"{path}_epoch_{epoch}.png" for path in own] + ["loss_curves.png"]
+        paths += [f"samples/samples_epoch_{number}.png" for number in range(1, epoch + 1)]
+        return set(paths)
 
 
 EXPERIMENTS = [Experiment(path) for path in find_scripts()]
@@ -69,11 +80,12 @@ EXPERIMENTS = [Experiment(path) for path in find_scripts()]
 
 def each_of(experiments):
     """A mark that runs a test once for each of them, as its argument `experiment`."""
-    return pytest.mark.parametrize("experiment", experiments, ids=lambda each: each.name, scope="module")
+    how = {"ids": lambda each: each.name, "scope": "module"}
+    return pytest.mark.parametrize("experiment", experiments, **how)
 
 
 every_script = each_of(EXPERIMENTS)
-on_v3 = each_of([Experiment(SCRIPT_V3)])  # what the scripts share, to the byte, is tested once
+on_v3 = each_of([Experiment(SCRIPT_V3)])  # the harness, which all share to the byte, is tested once
 
 
 def load_without_figures(path=SCRIPT_V3):
@@ -86,7 +98,8 @@ def load_without_figures(path=SCRIPT_V3):
 
 
 def tiny_settings(config_class):
-    """Beside a script's own --quick: 2 epochs of 3 steps for an autoencoder, 3 of 3 for the diffusion."""
+    """What a tiny run has beside a script's own --quick: 2 epochs of 3 steps for an autoencoder,
+    3 of 3 for the diffusion."""
     values = {"train_images": 48}
     for field in dataclasses.fields(config_class):
         if field.name.endswith("batch_size"):
@@ -99,8 +112,10 @@ def tiny_settings(config_class):
 
 
 def flags(module, output, data, **changed):
-    """The command line of a tiny run; `changed` holds the flags that differ, None for one that is not given."""
-    values = {"output_dir": output, "data_dir": data, "device": "cpu"} | tiny_settings(module.Config) | changed
+    """The command line of a tiny run; `changed` holds the flags that differ, None for one that is
+    not given."""
+    values = {"output_dir": output, "data_dir": data, "device": "cpu"}
+    values |= tiny_settings(module.Settings) | changed
     given = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
     return ["--quick"] + [f"--{name}={value}" for name, value in given.items()]
 
@@ -115,7 +130,8 @@ def run(module, arguments):
 
 def answer(module, arguments):
     """`run`, without output; returns the exit status and the text on stderr."""
-    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True) for _ in range(2)]
+    how = {"encoding": "utf-8", "errors": "backslashreplace", "write_through": True}
+    streams = [io.TextIOWrapper(io.BytesIO(), **how) for _ in range(2)]
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         status = run(module, arguments)
     return status, streams[1].buffer.getvalue().decode()
@@ -133,14 +149,13 @@ def refusal(module, arguments, status=2):
 class RealRun:
     """A run of a script without figures in a process of its own, which can be killed.
 
-    It is forked from a server that has imported the packages, which saves seconds a process. `prepare(module)`, a
-    function of this file or a partial of one, may change the script first.
+    It is forked from a server that has imported the packages, which saves seconds a process.
+    `prepare(module)`, a function of this file or a partial of one, may change the script first.
     """
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch._dynamo", "matplotlib.figure", "sklearn.decomposition", "sklearn.manifold", "torchvision"]
-    )
+    packages = ("torch._dynamo", "matplotlib.figure", "sklearn.decomposition", "sklearn.manifold")
+    context.set_forkserver_preload([*packages, "torchvision"])
 
     def __init__(self, path, folder, arguments, prepare=None):
         self.out, self.err = folder / "stdout.txt", folder / "stderr.txt"
@@ -172,13 +187,14 @@ class RealRun:
             os.kill(self.process.pid, number)
 
     def end(self):
-        """Wait for the end; returns the exit status (of a killed process -n) and the text on stderr."""
+        """Wait for the end; returns the exit status (of a killed process -n) and the errors."""
         self.process.join(60)
         return self.process.exitcode, self.err.read_text()
 
 
 def wait_in_step(module, step, signals):
-    """Let the training step number `step`, counted from 1, print "busy" and end when so many signals have come."""
+    """Let the training step number `step`, counted from 1, print "busy" and end when so many
+    signals have come."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end)
@@ -192,12 +208,15 @@ def wait_in_step(module, step, signals):
 
 
 def kill_at_operation(module, number):
-    """Let the process die, as by SIGKILL, at its file operation number `number`, as `act_at_operation` counts."""
-    act_at_operation(pytest.MonkeyPatch(), module, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    """Let the process die, as by SIGKILL, at its file operation number `number`, as
+    `act_at_operation` counts."""
+    die = partial(os.kill, os.getpid(), signal.SIGKILL)
+    act_at_operation(pytest.MonkeyPatch(), module, number, die)
 
 
 def act_at_operation(monkeypatch, module, number, action):
-    """Call `action` at the script's file operation number `number`, from 0; returns the list of those that were begun.
+    """Call `action` at the script's file operation number `number`, from 0; returns the list of
+    those that were begun.
 
     What counts is every write (half of it done), fsync, and os.replace (before it and after it).
     """
@@ -264,11 +283,11 @@ def files_below(folder):
 
 
 def assert_ends_as(undisturbed, output, module, arguments):
-    """Run the script on `output`: it must end with the bits, and the files, of the undisturbed run."""
+    """Run the script on `output`: it must end with the bits and files of the undisturbed run."""
     status, error = answer(module, arguments)
     assert (status, error) == (0, ""), error
-    different = differences(read(undisturbed), read(output)) + sorted(files_below(undisturbed) ^ files_below(output))
-    assert different == [], different
+    assert differences(read(undisturbed), read(output)) == []
+    assert files_below(output) == files_below(undisturbed)
 
 
 def differences(a, b, place="checkpoint"):
@@ -284,6 +303,7 @@ def differences(a, b, place="checkpoint"):
         pairs = enumerate(zip(a, b))
         return [line for index, (x, y) in pairs for line in differences(x, y, f"{place}.{index}")]
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        same = a.dtype == b.dtype and a.shape == b.shape
+        same = same and a.numpy().tobytes() == b.numpy().tobytes()
         return [] if same else [f"{place}: tensors"]
     return [] if type(a) is type(b) and repr(a) == repr(b) else [f"{place}: {a!r} and {b!r}"]

@@ -1,6 +1,7 @@
-"""What goes wrong on a GPU and can be seen without one.
+"""What goes wrong on a GPU and can be seen without one; and the losses, wherever they are computed.
 
-The device "meta" computes shapes only, and like a GPU it refuses to be mixed with tensors of the CPU.
+The device "meta" computes shapes only, and like a GPU it refuses to be mixed with tensors of the
+CPU.
 """
 
 import contextlib
@@ -10,17 +11,22 @@ import pytest
 import torch
 
 from conftest import SCRIPT_V3, load_script
-from script_runs import every_script, flags, load_without_figures, read, run, tiny_settings
+from networks import rng_of, stages_of, tiny_models
+from script_runs import every_script, on_v3
 
-META = torch.device("meta")
+META, CPU = torch.device("meta"), torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def module(experiment):
-    module = load_without_figures(experiment.path)
+    module = load_script(experiment.path)
     module.autocast = lambda device: contextlib.nullcontext()  # torch's knows no "meta"
-    module.fresh_noise = lambda noise: torch.Generator()  # the real one looks at the numbers
     return module
+
+
+@pytest.fixture(scope="module")
+def stages(module):
+    return stages_of(module)
 
 
 def test_meta_device_refuses_what_a_gpu_refuses():
@@ -30,37 +36,86 @@ def test_meta_device_refuses_what_a_gpu_refuses():
 
 
 @every_script
-def test_samples_and_trajectories_keep_to_the_models_device(experiment, module):
-    config, cpu = module.Config(**tiny_settings(module.Config)), torch.device("cpu")
-    stages = module.build_stages(module.with_recipe(config, cpu), 100, cpu)
-    for stage in stages:
-        stage.ema.to(META)
-    models = module.TrainedModels.of_stages(stages, config, [])
-    asked = torch.arange(10, device=META) if experiment.conditional else 10
+def test_samples_and_trajectories_keep_to_the_models_device(module, monkeypatch):
+    monkeypatch.setattr(module, "TIMESTEPS", 8, raising=False)  # as many as ancestral steps
+    models = tiny_models(module, sampling_steps=4)
+    networks = {name: network.to(META) for name, network in models.networks.items()}
+    models = module.Models(networks, models.config, [])
     assert models.device == META
-    assert module.generate_samples(models, asked).device == META
-    trajectories = module.draw_trajectories(models, asked, 4)
-    assert trajectories.states.device == trajectories.noised.device == META
-    assert models.decode(trajectories.noised).device == META
+    labels = module.labels_in_turn(10, META)
+    for name in ("heun", "stochastic", "ddim", "ancestral"):
+        choices = module.Settings.__dataclass_fields__.get("sampler")
+        if choices and name in choices.metadata["choices"]:
+            models = models.with_settings(sampler=name)
+        assert module.generate_samples(models, labels).device == META
+    noise, classes = module.noise_of_samples(models, range(10))(), module.class_weights(labels)
+    drawn = module.draw_trajectories(models, noise, classes, 4)
+    assert {part.device for part in drawn[:3]} == {META}
+    images = module.decode_images(models, drawn.noised)
+    assert images.device == module.embed_images(models, images[0]).device == META
 
 
 @every_script
-def test_losses_keep_to_the_models_device(module, monkeypatch, tiny_data_dir, tmp_path):
-    """The batches of a real run, each taken to the other device with a copy of the model."""
-    devices, real = {}, module.train_step
+def test_losses_keep_to_the_models_device(module, stages):
+    for stage in stages.values():
+        network = copy.deepcopy(stage.network).to(META)
+        batch = [module.to_float(array[:16]).to(META) for array in stage.arrays]
+        loss = stage.loss(network, *batch, module.Rng(0, META, source=CPU))
+        assert loss.device == META
+        loss.backward()
 
-    def train_step(stage, batch):
-        loss = stage.loss_fn(copy.deepcopy(stage.model).to(META), *(part.to(META) for part in batch))
-        devices.setdefault(stage.name, set()).add(loss.device)
-        return real(stage, batch)
 
-    monkeypatch.setattr(module, "train_step", train_step)
-    assert run(module, flags(module, tmp_path, tiny_data_dir)) == 0
-    assert devices == {row["stage"]: {META} for row in read(tmp_path)["history"]}
+@every_script
+def test_losses_draw_from_the_random_numbers_that_they_are_given(module, stages):
+    state = torch.get_rng_state()
+    for stage in stages.values():
+        batch = [module.to_float(array[:16]) for array in stage.arrays]
+        losses = [stage.loss(stage.network, *batch, rng_of(module, seed)) for seed in (0, 0, 1)]
+        assert losses[0] == losses[1] != losses[2]
+        again = [module.validation_loss(stage.loss, stage.network, stage.held_out) for _ in "ab"]
+        assert again[0] == again[1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_script
+def test_what_is_diffused_has_mean_0_and_variance_1(experiment, module, stages):
+    """In latent space, after the first stage; what is not for validation comes in its own rows."""
+    assert list(stages) == experiment.stages
+    for stage in stages.values():
+        assert {len(array) for array in stage.arrays} == {60}
+        assert {len(array) for array in stage.held_out} == {20}
+        for training, validation in zip(stage.arrays, stage.held_out):  # the same images
+            torch.testing.assert_close(training[:20], validation, rtol=0.05, atol=0.05)
+    if not experiment.latent:
+        return
+    mean, *std = stages["diffusion"].arrays[0].split(4, dim=1)
+    variance = mean.var(dim=(0, 2, 3)) + sum(part.square().mean(dim=(0, 2, 3)) for part in std)
+    torch.testing.assert_close(mean.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=0.01)
+    torch.testing.assert_close(variance, torch.ones(4), rtol=0.02, atol=0)
+
+
+@on_v3
+def test_validation_draws_on_the_cpu_so_that_it_is_the_same_everywhere(module):
+    drawn = {CPU: [], META: []}
+
+    def loss(network, images, rng):
+        assert rng.how["device"] == rng.how["generator"].device == CPU
+        assert rng.randn(2, 3).device == images.device
+        assert rng.rand(2).device == rng.randint(0, 9, 2).device == images.device
+        drawn[images.device].append(rng.how["generator"].get_state())
+        return torch.tensor(float(len(images)))
+
+    images = torch.zeros(700, 1, 28, 28, dtype=torch.uint8)  # in batches of 500 and 200
+    for device in drawn:
+        mean = module.validation_loss(loss, None, (images.to(device),))
+        assert mean == pytest.approx((500 * 500 + 200 * 200) / 700)
+    assert len(drawn[CPU]) == 2
+    assert all(map(torch.equal, drawn[CPU], drawn[META]))
+    assert not torch.equal(*drawn[CPU])
 
 
 @pytest.mark.parametrize(("name", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
-def test_the_gpu_with_a_number_is_the_one_that_is_seeded(name, chosen, monkeypatch):
+def test_the_gpu_with_a_number_is_the_one_that_is_meant(name, chosen, monkeypatch):
     script, current = load_script(SCRIPT_V3), []
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))

@@ -1,15 +1,20 @@
-"""Every script, whichever its model, does for its user what all of them promise: alone in a folder it runs from the
-data to the figures, and however often it is interrupted, it ends with the same bits.
+"""Every script, whichever its model, does for its user what all of them promise: alone in a folder
+it runs from the data to the figures, and however often it is interrupted, it ends with the same
+bits.
 
-What the scripts share is tested in detail once, on LatentDiffusionModel/v3.
+The harness, which the scripts share, is tested in detail once, on LatentDiffusionModel/v3. With
+--faults every script is also killed at random moments, again and again.
 """
 
 import csv
 import dataclasses
-import fnmatch
+import itertools
+import random
 import re
 import shutil
-from pathlib import Path
+import signal
+import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,19 +27,25 @@ from conftest import load_script, run_script
 from networks import perturb
 from script_runs import (
     CLASSES,
+    SCRIPT_V3,
+    RealRun,
+    assert_ends_as,
     differences,
     every_script,
     files_below,
     flags,
     interrupt_at_step,
+    kill_at_operation,
     read,
     refusal,
     run,
     steps,
 )
 
-COLUMNS = ["stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate", "seconds", "images_per_second"]
+COLUMNS = ["stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate"]
+COLUMNS += ["seconds", "images_per_second"]
 EXPORTED = 24
+CPU = torch.device("cpu")
 
 pytestmark = every_script
 
@@ -51,13 +62,15 @@ def alone(experiment, tiny_data_dir, tmp_path_factory):
         folder.mkdir()
     shutil.copy(experiment.path, script)
     environment = {"MPLBACKEND": "TkAgg", "DISPLAY": "nowhere:7", "TMPDIR": str(root / "tmp")}
-    arguments = ["--quick", "--data-dir", tiny_data_dir, "--device", "cpu", "--export-samples", EXPORTED]
+    arguments = ["--quick", "--data-dir", tiny_data_dir, "--device", "cpu"]
+    arguments += ["--export-samples", EXPORTED]
     data_before = files_below(tiny_data_dir)
     done = run_script(script, *arguments, cwd=root / "cwd", env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     assert files_below(tiny_data_dir) == data_before
     output = script.parent / "output" / "quick"
-    return SimpleNamespace(root=root, script=script, done=done, output=output, files=files_below(output))
+    files = files_below(output)
+    return SimpleNamespace(root=root, script=script, done=done, output=output, files=files)
 
 
 @pytest.fixture(scope="module")
@@ -67,41 +80,45 @@ def history(alone):
         return list(csv.DictReader(file))
 
 
-def test_script_alone_writes_into_its_output_folder_only(alone):
-    assert files_below(alone.root) == {
-        path.relative_to(alone.root).as_posix()
-        for path in [alone.script, *(alone.output / name for name in alone.files)]
-    }
+def epochs(history, stage):
+    return sum(row["stage"] == stage for row in history)
 
 
-def test_script_alone_writes_what_is_promised(experiment, alone, history):
-    expected, folders = experiment.figures(sum(row["stage"] == "diffusion" for row in history))
-    expected |= {"metrics.csv", "checkpoints/last.pt", "checkpoints/previous.pt", "samples.npz", ".lock"}
-    assert expected - alone.files == set()
-    others = alone.files - expected
-    assert {Path(name).parent.as_posix() for name in others} == folders
-    assert {Path(name).suffix for name in others} <= {".png"}
+def test_script_alone_writes_what_is_promised_and_into_its_output_folder(
+    experiment, alone, history
+):
+    expected = experiment.figures(epochs(history, "diffusion"), epochs(history, "autoencoder"))
+    expected |= {"checkpoints/last.pt", "checkpoints/previous.pt"}
+    expected |= {"metrics.csv", "samples.npz", ".lock"}
+    assert alone.files == expected
+    written = {path.relative_to(alone.root).as_posix() for path in alone.output.rglob("*.*")}
+    assert files_below(alone.root) - written == {alone.script.relative_to(alone.root).as_posix()}
 
 
-def test_fresh_moves_everything_aside_that_a_run_writes(alone):
-    module = load_script(alone.script)
-    module.move_aside(shutil.copytree(alone.output, alone.root / "moved"), module.OUTPUTS)
-    left = {path for path in files_below(alone.root / "moved") if not path.startswith("old_runs/")}
-    assert left == {".lock"}
+def test_fresh_moves_everything_aside_that_a_run_writes(alone, tmp_path):
+    folder = shutil.copytree(alone.output, tmp_path / "moved")
+    (folder / "notes.txt").write_text("the user's own")
+    load_script(alone.script).move_aside(folder)
+    [attic] = (folder / "old_runs").iterdir()
+    assert files_below(attic) == alone.files - {".lock"}
+    left = {path for path in files_below(folder) if not path.startswith("old_runs/")}
+    assert left == {".lock", "notes.txt"}
 
 
 def test_output_without_a_terminal_is_plain_lines(experiment, alone, history):
+    out = alone.done.stdout
     assert alone.done.stderr == ""
-    assert "\r" not in alone.done.stdout and "\x1b" not in alone.done.stdout
-    first = alone.done.stdout.splitlines()[0]
+    assert "\r" not in out and "\x1b" not in out
+    first = out.splitlines()[0]
     for part in (experiment.name, "cpu", torch.__version__, "fresh", str(alone.output)):
         assert part in first
     for stage in experiment.stages:
-        epochs = sum(row["stage"] == stage for row in history)
-        assert f"{stage}: epoch {epochs} of {epochs}, loss" in alone.done.stdout
-        assert re.search(rf"^{stage}: [\d.]+ M parameters, step 0 of \d+$", alone.done.stdout, re.MULTILINE)
-    for part in ("images/s", "to do: training, about", "figures of epoch"):
-        assert part in alone.done.stdout
+        number = epochs(history, stage)
+        assert f"{stage}: epoch {number} of {number}, loss" in out
+        line = rf"^{stage}: [\d.]+ M parameters, step 0 of \d+$"
+        assert re.search(line, out, re.MULTILINE)
+    for part in ("images/s", "noise and only show", "will train", "figures of epoch"):
+        assert part in out
 
 
 def test_metrics_have_a_row_an_epoch(experiment, history):
@@ -121,21 +138,9 @@ def test_pictures_are_not_trivial(alone):
         assert min(pixels.shape) > 200, path
         assert pixels.std() > 10, path
         assert len(np.unique(pixels)) > 50, path
-    different = [path for path in paths if path.parent.name != "reconstruction"]  # an epoch may be both first and last
+    # the last epoch of an autoencoder has two pictures
+    different = [path for path in paths if path.parent.name != "reconstruction"]
     assert len({path.read_bytes() for path in different}) == len(different)
-
-
-def test_animations_loop_for_ever(module, alone):
-    for path in (alone.output / "diffusion_animation").iterdir():
-        with Image.open(path) as gif:
-            assert gif.info["loop"] == 0
-            assert gif.n_frames == 2 * module.PATH_STEPS
-            first = np.asarray(gif.convert("L"))
-            gif.seek(module.PATH_STEPS)
-            last = np.asarray(gif.convert("L"))
-        picture = slice(len(first) - first.shape[1], None)  # below the caption
-        assert (first[: picture.start] != last[: picture.start]).any(), path
-        assert (first[picture] != last[picture]).any(), path
 
 
 def exported(path):
@@ -156,13 +161,15 @@ def test_exported_samples(experiment, alone):
 
 @pytest.fixture
 def again(alone, tiny_data_dir, tmp_path, monkeypatch):
-    """A copy of the finished run, and a function that runs its script in this process, where it must not train."""
+    """A copy of the finished run, and a function that runs its script in this process, where it
+    must not train."""
     module = load_script(alone.script)
     monkeypatch.setattr(module, "train_step", lambda *args: pytest.fail("a step was trained"))
     output = shutil.copytree(alone.output, tmp_path / "output")
+    where = [f"--output-dir={output}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
 
     def start(*arguments):
-        return run(module, [f"--output-dir={output}", f"--data-dir={tiny_data_dir}", "--device=cpu", *arguments])
+        return run(module, [*where, *arguments])
 
     return SimpleNamespace(module=module, output=output, start=start)
 
@@ -173,7 +180,7 @@ def test_finished_run_trains_nothing_and_draws_again(again, monkeypatch, history
     monkeypatch.setattr(again.module, "save_all_figures", lambda *args: drawn.append(args))
     assert again.start(*asked) == 0
     [(models, data, output)] = drawn
-    assert models.epoch == sum(row["stage"] == "diffusion" for row in history)
+    assert models.epoch == epochs(history, "diffusion")
     assert len(data.validation_images) == 53  # a twelfth
     assert output == again.output
     assert (again.output / "checkpoints" / "last.pt").read_bytes() == checkpoint
@@ -185,10 +192,26 @@ def test_samples_of_a_loaded_model_are_those_of_the_run_that_trained_it(again):
     assert again.start("--sample-only", f"--export-samples={EXPORTED}") == 0
     for before, after in zip(first, exported(again.output / "samples.npz")):
         np.testing.assert_array_equal(before, after)
-    assert again.start("--sample-only", f"--export-samples={EXPORTED}", "--sampling-seed=3") == 0
+    asked = ["--sample-only", f"--export-samples={EXPORTED}", "--sampling-seed=3"]
+    assert again.start(*asked) == 0
     images, labels = exported(again.output / "samples_seed_3.npz")
     assert (images != first[0]).any(axis=(1, 2, 3)).all()
     np.testing.assert_array_equal(labels, first[1])
+
+
+def test_sample_depends_on_its_number_alone(experiment, undisturbed):
+    """However many are drawn, and at a time, and by a sampler that takes fresh noise too."""
+    module = load_script(experiment.path)
+    models = module.load_trained(undisturbed, device="cpu")
+    perturb(models.diffusion)
+    samplers = ["heun", "stochastic"] if experiment.name.endswith("UNet") else [None]
+    for sampler in samplers:
+        changed = models.with_settings(sampler=sampler) if sampler else models
+        many = module.generate_samples(changed, module.labels_in_turn(7, CPU), chunk=5)
+        few = module.generate_samples(changed, module.labels_in_turn(3, CPU), chunk=1)
+        difference = (many[:3].int() - few.int()).abs().float()
+        assert difference.mean() < 1 and difference.max() <= 12  # rounding depends on the batch
+        assert len(many.flatten(1).unique(dim=0)) == 7
 
 
 def test_samples_asked_for_are_one_picture(experiment, again, capsys):
@@ -196,135 +219,186 @@ def test_samples_asked_for_are_one_picture(experiment, again, capsys):
     before = files_below(again.output)
     assert again.start("--sample-only", *asked) == 0
     [name] = files_below(again.output) - before
-    assert fnmatch.fnmatch(name, "samples/samples_Ankle-boot.png" if experiment.conditional else "samples/samples*.png")
+    assert name == f"samples/samples{'_Ankle-boot' if experiment.conditional else ''}.png"
     assert str(again.output / name) in capsys.readouterr().out
     picture = Image.open(again.output / name)
     assert picture.width > 200 and picture.height > 60
     assert len(picture.convert("L").getcolors()) > 10  # not blank
 
 
+# What it leaves alone
+
+
+def generators():
+    """The states of the global generators."""
+    return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+
+def test_global_generators_neither_move_nor_matter(
+    experiment, module, undisturbed, tiny_data_dir, tmp_path
+):
+    """A program that imports a script keeps its own random numbers, through training, figures and
+    sampling; and the script's do not depend on them."""
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    before = generators()
+    assert run(module, [*flags(module, tmp_path, tiny_data_dir), "--export-samples=2"]) == 0
+    assert differences(read(undisturbed), read(tmp_path)) == []
+    drawing = load_script(experiment.path)
+    models = drawing.load_trained(tmp_path, device="cpu")
+    config = drawing.Settings(data_dir=str(tiny_data_dir))
+    drawing.save_own_figures(models, drawing.load_fashion_mnist(config, models.device), tmp_path)
+    assert generators() == before
+
+
+def test_networks_keep_parameters_and_statistics_alone_and_have_no_dropout(module):
+    """Tables are made anew; a dropout would draw from the global generator."""
+    for network in module.build_networks(module.Settings(**module.default_settings(CPU))).values():
+        extra = network.state_dict().keys() - dict(network.named_parameters()).keys()
+        assert {name.split(".")[-1] for name in extra} <= {"latent_mean", "latent_std"}
+        kinds = [type(part).__name__ for part in network.modules()]
+        assert not [kind for kind in kinds if "Dropout" in kind]
+
+
 # What the animations and the paths are drawn from
 
 
 @pytest.fixture(scope="module")
-def trajectories(experiment, undisturbed, tiny_data_dir, tmp_path_factory):
-    """The arguments of `save_trajectories` in two sets of figures of a model that has learnt nothing but does much."""
-    module, drawn, calls = load_script(experiment.path), [], []
+def drawn(experiment, undisturbed, tiny_data_dir, tmp_path_factory):
+    """The calls behind the trajectories of a model that has learnt nothing but does much, drawn
+    twice: of `draw_trajectories`, with its result, of `save_animation` and of `path_figure`."""
+    module = load_script(experiment.path)
     models = module.load_trained(undisturbed, device="cpu")
-    perturb(models.denoiser)
-    data = module.load_fashion_mnist(tiny_data_dir, 55_000, models.device)
-    for name in [name for name in vars(module) if name.startswith("save_") and name != "save_all_figures"]:
-        setattr(module, name, lambda *args: None)
-    draw = module.draw_trajectories
-    module.draw_trajectories = lambda models, what, steps: drawn.append(what) or draw(models, what, steps)
-    module.save_trajectories = lambda *args: calls.append((*args, drawn.pop()))
+    perturb(models.diffusion)
+    config = module.Settings(data_dir=str(tiny_data_dir))
+    data = module.load_fashion_mnist(config, models.device)
+    calls, draw = (
+        SimpleNamespace(trajectories=[], animations=[], paths=[]),
+        module.draw_trajectories,
+    )
+
+    def watched(models, noise, classes, steps):
+        result = draw(models, noise, classes, steps)
+        calls.trajectories.append(SimpleNamespace(noise=noise, classes=classes, result=result))
+        return result
+
+    module.draw_trajectories = watched
+    module.save_animation = lambda *args: calls.animations.append(args)
+    module.path_figure = lambda *args: calls.paths.append(args)
+    module.save_figure = lambda *args: None
     for _ in range(2):
-        module.save_all_figures(models, data, tmp_path_factory.mktemp("figures"))
-    names = ["models", "trajectories", "subjects", "space", "labels", "output", "drawn"]
-    return [SimpleNamespace(**dict(zip(names, call))) for call in calls]
+        module.save_trajectories(models, data, tmp_path_factory.mktemp("figures"))
+    return calls
 
 
-def test_trajectories_go_from_noise_to_the_sample_and_back(module, trajectories):
-    states, noised, captions = trajectories[0].trajectories
-    assert states.shape == noised.shape
+def test_trajectories_go_from_noise_to_the_sample_and_back(module, drawn):
+    states, guesses, noised, captions = drawn.trajectories[0].result
+    assert states.shape == noised.shape == guesses.shape
     assert len(states) == len(captions) == len(set(captions)) == module.PATH_STEPS + 1
     noise, sample = states[0], states[-1]
-    torch.testing.assert_close(noised[0], sample, rtol=1e-3, atol=1e-3)  # the way out begins at the sample
-    difference = noised[-1] - noise  # and ends in its noise, but for the share of the sample that is never destroyed
+    torch.testing.assert_close(noised[-1], sample, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(guesses[-1], sample, rtol=1e-3, atol=1e-3)
+    difference = noised[0] - noise  # but for the share of the sample that is never destroyed
     assert difference.norm() < 0.02 * noise.norm() + 0.01 * sample.norm()
     assert kstest((noise / noise.std()).flatten()[:10_000].numpy(), "norm").pvalue > 0.001
     assert len(noise.flatten(1).unique(dim=0)) == states.shape[1]  # no two the same
-    for way in (states, noised.flip(0)):  # no jump: each step is small beside the whole way
-        steps = (way[1:] - way[:-1]).flatten(1).norm(dim=1)
-        assert steps.max() < 0.7 * (way[-1] - way[0]).norm()
+    for way in (states, noised):  # no jump: each step is small beside the whole way
+        lengths = (way[1:] - way[:-1]).flatten(1).norm(dim=1)
+        assert lengths.max() < 0.7 * (way[-1] - way[0]).norm()
 
 
-def test_trajectories_are_deterministic(trajectories):
-    for a, b in zip(trajectories[0].trajectories[:2], trajectories[1].trajectories[:2]):
+def test_trajectories_are_deterministic(drawn):
+    for a, b in zip(*(call.result[:3] for call in drawn.trajectories)):
         assert torch.equal(a, b)
 
 
-def test_trajectories_are_of_the_subjects_and_lie_in_the_space_of_their_paths(experiment, trajectories):
-    call, states = trajectories[0], trajectories[0].trajectories.states
-    expected = {name: label for label, name in enumerate(CLASSES)}
-    if not experiment.conditional:
-        expected = {f"sample {number}": None for number in range(10)}
-    assert call.subjects == expected
-    assert list(call.subjects) == list(expected)
-    rows, rest = divmod(states.shape[1], len(expected))
+def test_pictures_are_of_the_subjects_and_of_the_trajectories(experiment, module, drawn):
+    call, states = drawn.trajectories[0], drawn.trajectories[0].result.states
+    subjects = CLASSES if experiment.conditional else [f"sample {number}" for number in range(10)]
+    assert [title for _, _, _, title, _ in drawn.animations[:10]] == subjects
+    rows, rest = divmod(states.shape[1], 10)
     assert rows > 1 and rest == 0
-    if experiment.conditional:
-        assert call.drawn.tolist() == [label for label in range(10) for _ in range(rows)]
-    assert call.space.shape[0] == len(call.labels) == 53
-    assert call.space.shape[1:] == states.shape[2:]
-    images = call.models.decode(states[:, ::rows])
-    assert (images.dtype, images.shape) == (torch.uint8, (len(states), 10, 1, 28, 28))
-    if not experiment.latent:  # the states are the pictures
-        shown = ((states[:, ::rows] + 1) * 127.5).clamp(0, 255)
-        assert (images - shown).abs().max() <= 0.51
+    labels = [i % 10 if experiment.conditional else 10 for i in range(10 * rows)]
+    assert call.classes.argmax(dim=1).tolist() == labels
+    assert call.noise.shape[1:] == states.shape[2:] == module.state_shape(module.Settings())
+    for number, path in enumerate(drawn.paths[:10]):
+        images, line, captions, scatter, classes, title, strong = path
+        assert images.shape[:2] == (rows, len(states)) and len(line) == len(captions)
+        assert len(scatter) == len(classes) == 53
+        assert subjects[number] in title and strong == labels[number]
+        animation = drawn.animations[number][0]
+        assert torch.equal(images[0], animation) and animation.dtype == torch.uint8
+        if not experiment.latent:  # the states are the pictures
+            shown = ((states[:, number] + 1) * 127.5).clamp(0, 255)
+            assert (animation - shown).abs().max() <= 0.51
 
 
 # The command line
 
 
 def test_class_that_there_is_not_is_answered(experiment, module, tmp_path):
-    error = refusal(module, ["--sample-only", "--class=Banana", f"--output-dir={tmp_path / 'new'}"])
-    expected = ["Banana", *CLASSES] if experiment.conditional else ["unrecognized", "--class"]
+    name = "Banana" if experiment.conditional else "Coat"
+    asked = ["--sample-only", f"--class={name}", f"--output-dir={tmp_path / 'new'}"]
+    expected = ["Banana", *CLASSES] if experiment.conditional else ["has no classes", "--class"]
+    error = refusal(module, asked)
     assert [part for part in expected if part not in error] == []
     assert not (tmp_path / "new").exists()
 
 
-@pytest.fixture
-def described(module, monkeypatch, capsys):
-    """The help of each flag, white space collapsed."""
+def test_help_tells_values_and_limits_of_every_setting(module, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert run(module, ["--help"]) == 0
-    parts = re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]
-    return {re.match(r"(?:-h, )?--([a-z0-9-]+)", part)[1]: " ".join(part.split()) for part in parts}
+    text = capsys.readouterr().out
+    assert " ".join(module.__doc__.split()) in " ".join(text.split())
+    parts = {}
+    for part in re.split(r"\n  (?=-)", text)[1:]:
+        parts[re.match(r"(?:-h, )?--([a-z0-9-]+)", part)[1]] = " ".join(part.split())
+    for field in dataclasses.fields(module.Settings):
+        told, rules = parts.pop(field.name.replace("_", "-")), field.metadata
+        expected = [rules["help"], f"default: {field.default!r}", *rules["choices"]]
+        expected += [f"on a GPU {rules['gpu']!r}"] if rules["gpu"] is not None else []
+        expected += [f"with --quick {rules['quick']!r}"] if rules["quick"] is not None else []
+        if type(field.default) in (int, float):
+            expected.append(f"{rules['low']:.10g} to {rules['high']:.10g}")
+        assert [part for part in expected if part not in told] == []
+    others = {
+        "fresh",
+        "sample-only",
+        "quick",
+        "pretrained",
+        "export-samples",
+        "num-samples",
+        "class",
+    }
+    assert parts.keys() == {"help", *others}
+    for name in others:
+        assert re.search(r"\w+ \w+ .*\((switch|default: .*)\)$", parts[name]), parts[name]
 
 
-def test_help_tells_type_default_and_limits_of_every_field(module, described):
-    for field in dataclasses.fields(module.Config):
-        text, default = described[field.name.replace("_", "-")], field.default
-        assert field.metadata["help"] in text
-        assert f"default: {default!r}" in text
-        if field.metadata["choices"]:
-            assert all(choice in text for choice in field.metadata["choices"])
-        else:
-            assert field.type.__name__ in text
-        if field.type in (int, float):
-            low, high = field.metadata["low"], field.metadata["high"]
-            assert low <= default <= high
-            assert f"{low:.10g} to {high:.10g}" in text
-
-
-def test_help_describes_the_other_flags(experiment, described):
-    names = {"fresh", "sample-only", "export-samples", "quick", "num-samples"}
-    names |= {"class"} if experiment.conditional else set()
-    assert names <= described.keys()
-    assert "class" in names or "class" not in described
-    for name in names:
-        assert len(described[name].split()) > 4, described[name]
-        assert re.search(r"\((switch|(int|str), .*default: .*)\)$", described[name]), described[name]
-
-
-def test_help_tells_the_epochs_of_each_device(module, described):
-    fields = [field.name for field in dataclasses.fields(module.Config) if field.name.endswith("epochs")]
-    for device in ("cpu", "cuda"):
-        recipe = module.with_recipe(module.Config(), torch.device(device))
-        for name in fields:
-            assert getattr(recipe, name) > 0
-            assert re.search(rf"\b{getattr(recipe, name)}\b", described[name.replace("_", "-")])
+def test_settings_have_values_for_each_device_and_for_quick(module):
+    fields = {field.name: field for field in dataclasses.fields(module.Settings)}
+    slow, fast = (module.default_settings(torch.device(name)) for name in ("cpu", "cuda"))
+    assert slow.keys() == fields.keys()
+    assert slow["epochs"] < fast["epochs"]
+    assert module.default_settings(torch.device("mps")) == fast
+    for device, values in (("cpu", slow), ("cuda", fast)):
+        quick = module.default_settings(torch.device(device), quick=True)
+        module.Settings(**values), module.Settings(**quick)  # which are within their limits
+        assert quick["epochs"] <= 3 and quick["train_images"] < 2000
+        tiny = {name: field.metadata["quick"] for name, field in fields.items()}
+        assert quick == values | {name: value for name, value in tiny.items() if value is not None}
 
 
 # Interruptions
 
 
-# Steps of the diffusion are counted from 1, those of an autoencoder backwards from 0. Epochs have three.
+# Steps of the diffusion count from 1, those of an autoencoder backwards from 0. Epochs have three.
 @pytest.mark.parametrize("at", [[-5, 0, 2], [-4, -1, 5], [-3, 1, 6], [3, 9]], ids=str)
-def test_interrupted_run_ends_with_the_same_bits(experiment, module, undisturbed, tiny_data_dir, tmp_path, at):
+def test_interrupted_run_ends_with_the_same_bits(
+    experiment, module, undisturbed, tiny_data_dir, tmp_path, at
+):
     done, arguments = 0, flags(module, tmp_path, tiny_data_dir)
-    for step in [number + 6 for number in at] if experiment.latent else [number for number in at if number > 0]:
+    first = 6 if experiment.latent else 0
+    for step in [number + first for number in at if number + first > 0]:
         with pytest.MonkeyPatch.context() as patch:
             interrupt_at_step(patch, module, step - done)
             assert run(module, arguments) == 130
@@ -332,3 +406,40 @@ def test_interrupted_run_ends_with_the_same_bits(experiment, module, undisturbed
         done = step
     assert run(module, arguments) == 0
     assert differences(read(undisturbed), read(tmp_path)) == []
+
+
+@pytest.mark.faults
+def test_kills_at_random_moments_lose_nothing(
+    experiment, module, undisturbed, tiny_data_dir, tmp_path
+):
+    """In rounds of three: the first kill falls within a save or beside it, the others anywhere.
+    Every step is saved."""
+    chance, killed_in = random.Random(experiment.name), []
+    whole_run = RealRun(experiment.path, tmp_path, flags(module, tmp_path / "whole", tiny_data_dir))
+    whole_run.wait_for("will train")
+    started = time.monotonic()
+    assert whole_run.end() == (0, "")
+    duration = time.monotonic() - started
+    for number in itertools.count():
+        if len(killed_in) >= (24 if experiment.path == SCRIPT_V3 else 6):
+            break
+        output = tmp_path / str(number)
+        arguments = flags(module, output, tiny_data_dir, checkpoint_minutes=0)
+        if experiment.latent and number % 2:  # the second stage begins
+            with pytest.MonkeyPatch.context() as patch:
+                interrupt_at_step(patch, module, 6)
+                assert run(module, arguments) == 130
+        for attempt in range(3):
+            kill = partial(kill_at_operation, number=chance.randrange(60))
+            prepare = kill if attempt == 0 else None
+            real_run = RealRun(experiment.path, tmp_path, arguments, prepare)
+            if prepare is None:
+                real_run.wait_for("will train")
+                time.sleep(chance.uniform(0, 0.6 * duration))
+                real_run.signal(signal.SIGKILL)
+            if real_run.end()[0] == -signal.SIGKILL:
+                checkpoint = module.find_checkpoint(output / "checkpoints")
+                begun = list(checkpoint["stages"]) if checkpoint else experiment.stages[:1]
+                killed_in.append(begun[-1])
+        assert_ends_as(undisturbed, output, module, arguments)
+    assert set(killed_in) == set(experiment.stages)

@@ -26,17 +26,20 @@ def output(tmp_path):
     """An output folder after 2, 9 and 10 epochs."""
     output = tmp_path / "output"
     for epoch in (2, 9, 10):
-        draw_still(output / "samples" / f"samples_epoch_{epoch}.png", (epoch, epoch, epoch, 255))
-        draw_still(output / "interpolation" / f"noises_epoch_{epoch}.png", (epoch, 0, 0, 255))
-        draw_still(output / "reconstruction" / f"reconstruction_epoch_{epoch}.png", (epoch, 0, 0, 255))
-        draw_animation(
-            output / "diffusion_animation" / f"diffusion_animation_class_Bag_epoch_{epoch}.gif", (0, 20 * epoch, 255)
-        )
+        end, red = f"_epoch_{epoch}.png", (epoch, 0, 0, 255)
+        draw_still(output / "samples" / f"samples{end}", (epoch, epoch, epoch, 255))
+        draw_still(output / "interpolation" / f"noises{end}", red)
+        draw_still(output / "latent_space" / f"latent_space{end}", red)
+        draw_still(output / "reconstruction" / f"reconstruction{end}", red)
+        name = f"diffusion_animation_class_Bag_epoch_{epoch}.gif"
+        draw_animation(output / "diffusion_animation" / name, (0, 20 * epoch, 255))
     draw_still(output / "loss_curves.png", (1, 2, 3, 255))
-    draw_still(output / "latent_space" / "latent_space.png", (9, 9, 9, 255))
-    draw_still(output / "reconstruction" / "reconstruction.png", (0, 99, 0, 255))  # of the finished run
+    finished = output / "reconstruction" / "reconstruction.png"
+    draw_still(finished, (0, 99, 0, 255))  # of the finished run
     draw_still(output / "samples" / "samples_Sandal.png", (0, 0, 0, 255))  # asked for, not a figure
-    samples = np.arange(120, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 28, 28, 1), np.uint8)
+    samples = np.arange(120, dtype=np.uint8)[:, None, None, None] + np.zeros(
+        (1, 28, 28, 1), np.uint8
+    )
     np.savez(output / "samples.npz", samples, np.arange(120) % 10)
     draw_still(output / "old_runs" / "1" / "samples" / "samples_epoch_50.png", (0, 0, 0, 255))
     return output
@@ -59,25 +62,36 @@ def test_gallery_is_the_newest_of_each_figure_and_nothing_else(output, tmp_path,
         "strip.png",
     }
     assert size == sum(path.stat().st_size for path in folder.iterdir())
-    samples, noises = Image.open(folder / "samples.png"), Image.open(folder / "interpolation_noises.png")
+    samples, noises = (
+        Image.open(folder / "samples.png"),
+        Image.open(folder / "interpolation_noises.png"),
+    )
     assert (samples.mode, samples.getpixel((0, 0))) == ("L", 10)
     assert (noises.mode, noises.getpixel((0, 0))) == ("RGB", (10, 0, 0))
     assert Image.open(folder / "reconstruction.png").getpixel((0, 0)) == (0, 99, 0)
     strip = np.asarray(Image.open(folder / "strip.png")).reshape(60, 10, 60)
     assert strip[30, :, 30].tolist() == list(range(10))  # with a black border
-    assert strip[:2].max() == strip[-2:].max() == strip[:, :, :2].max() == strip[:, :, -2:].max() == 0
+    assert (
+        strip[:2].max() == strip[-2:].max() == strip[:, :, :2].max() == strip[:, :, -2:].max() == 0
+    )
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_comparison_shows_a_class_a_column_where_there_are_classes(labelled, output, tmp_path, tiny_data_dir):
+def test_comparison_shows_a_class_a_column_where_there_are_classes(
+    labelled, output, tmp_path, tiny_data_dir
+):
     with np.load(output / "samples.npz") as file:
         images, labels = file["arr_0"], file["arr_1"]
     np.savez(output / "samples.npz", images, labels if labelled else np.full(len(labels), -1))
     gallery.build_gallery(output, tmp_path / "gallery", "v9", tiny_data_dir)
     picture = np.asarray(Image.open(tmp_path / "gallery" / "real_and_generated.png"))[30:]
-    left, right = (part.reshape(6, 60, 10, 60).swapaxes(1, 2) for part in (picture[:, :600], picture[:, 624:]))
+    left, right = (
+        part.reshape(6, 60, 10, 60).swapaxes(1, 2) for part in (picture[:, :600], picture[:, 624:])
+    )
     assert right[:, :, 30, 30].ravel().tolist() == list(range(60))
-    real, real_labels = (np.asarray(part) for part in gallery.fe.load_split(tiny_data_dir, train=False))
+    real, real_labels = (
+        np.asarray(part) for part in gallery.fe.load_split(tiny_data_dir, train=False)
+    )
     shown = left[:, :, 2:-2:2, 2:-2:2]  # (6, 10, 28, 28)
     for label in range(10):
         chosen = real[real_labels == label][:6] if labelled else real[label:60:10]
@@ -108,7 +122,8 @@ def test_command_line_fills_the_gallery_of_the_version_and_warns_of_its_size(
 
 
 @pytest.mark.parametrize(
-    "version, words", [("LatentDiffusionModel/v8", "no version"), ("LatentDiffusionModel/v9", "no figures")]
+    "version, words",
+    [("LatentDiffusionModel/v8", "no version"), ("LatentDiffusionModel/v9", "no figures")],
 )
 def test_command_line_says_what_is_missing(version, words, tmp_path, capsys):
     script = tmp_path / "LatentDiffusionModel" / "v9" / "script_model_train_test.py"

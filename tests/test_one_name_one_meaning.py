@@ -1,67 +1,108 @@
-"""What several scripts share is identical in all of them, what a script defines it uses, and it stands alone.
+"""What the scripts share is identical in all of them, what a script defines it uses, the harness
+asks an experiment for what its opening comment says, and a script stands alone.
 
-`sync_shared.py` says what counts as shared and mends what has drifted; its own tests are below, on made-up scripts.
+`sync_shared.py` tells what has drifted and mends it; its own tests are below, on made-up scripts.
 """
 
 import ast
+import builtins
 import re
-import subprocess
 import sys
 
 import pytest
 
 import sync_shared
+from conftest import run_script
 
 SCRIPTS = sync_shared.find_scripts()
 IMPORT_NAMES = {"scikit-learn": "sklearn"}  # packages whose import name is not their own name
+LIMITS = {"CNN": 400, "Transformer": 450, "UNet": 450, "v1": 530, "v2": 530, "v3": 560}
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=sync_shared.version_of)
 
 
-def unused_definitions(path):
-    """Names that the script defines at top level and mentions nowhere else in its code."""
-    defined, used = set(), set()
-    for node in ast.parse(path.read_bytes(), filename=str(path)).body:
-        names = set(sync_shared.names_defined_by(node))
-        loaded = {leaf.id for leaf in ast.walk(node) if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Load)}
-        defined |= names
-        used |= loaded - names  # a function that only calls itself is not used
-    return defined - used
+def names(text, kind):
+    """The names that a text uses in that way, which is a class of ast."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)]
+    return {node.id for node in nodes if isinstance(node.ctx, kind)}
 
 
-def foreign_imports(path):
-    """Imports of a script that neither the standard library nor a package of requirements.txt provides."""
-    lines = (sync_shared.REPOSITORY / "requirements.txt").read_text().splitlines()
-    packages = {re.match(r"[\w.-]+", line).group() for line in lines if line and not line.startswith("#")}
-    allowed = sys.stdlib_module_names | {IMPORT_NAMES.get(name, name) for name in packages}
-    allowed |= {"PIL"}  # comes with matplotlib and torchvision
-    found = set()
-    for node in ast.walk(ast.parse(path.read_bytes(), filename=str(path))):
-        if isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + (node.module or ""))
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] not in allowed}
+def bound(text):
+    """Every name that a text binds anywhere: definitions, imports, arguments, variables."""
+    found = names(text, ast.Store)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.alias):
+            found.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, (ast.arg, ast.ExceptHandler, ast.FunctionDef, ast.ClassDef)):
+            found.add(node.arg if isinstance(node, ast.arg) else node.name)
+    return found
 
 
-def test_shared_definitions_are_identical():
-    problems = sync_shared.check(SCRIPTS, sync_shared.EXCEPTIONS)
+def texts(script):
+    return ["\n".join(half) for half in sync_shared.halves(script)]
+
+
+def test_what_is_shared_is_identical():
+    problems = sync_shared.check(SCRIPTS)
     assert not problems, "\n\n".join(["", *problems])
 
 
 @each_script
-def test_every_definition_is_used_in_its_own_file(script):
-    assert unused_definitions(script) == set()
+def test_experiment_is_short(script):
+    assert len(sync_shared.halves(script)[0]) <= LIMITS.get(script.parent.name, 560)
+
+
+def test_harness_asks_for_what_its_opening_comment_says():
+    """And the names of that comment are those in which the experiments differ, and `option`."""
+    harness = texts(SCRIPTS[0])[1]
+    comment = harness.split("import ")[0].split("It offers")[0]
+    listed = re.findall(r"^#   (\w+)(?:\(.*?\))?(?:, (\w+))?", comment, re.MULTILINE)
+    listed = {name for pair in listed for name in pair if name}
+    used = names(harness, ast.Load) - bound(harness) - set(dir(builtins)) - {"__file__"}
+    assert used == listed | {"option"}
+    assert listed == sync_shared.EXCEPTIONS | {"option"}
+    for script in SCRIPTS:
+        for node in ast.parse(texts(script)[0]).body:
+            if isinstance(node, ast.FunctionDef) and node.name in listed - {"option"}:
+                arguments = ", ".join(each.arg for each in node.args.args)
+                assert f"{node.name}({arguments})" in comment
 
 
 @each_script
-def test_scripts_import_nothing_of_this_repository(script):
-    assert foreign_imports(script) == set()
+def test_experiment_and_harness_define_different_names(script):
+    above, below = [
+        {name for node in ast.parse(text).body for name in sync_shared.names_defined_by(node)}
+        for text in texts(script)
+    ]
+    assert above & below == set()
 
 
-# ------------------------------------------------------------------------------------------------ the tool itself
+@each_script
+def test_every_definition_is_used_in_its_own_file(script):
+    defined, used = set(), set()
+    for node in ast.parse(script.read_bytes()).body:
+        own = set(sync_shared.names_defined_by(node))
+        defined |= own
+        used |= names(ast.unparse(node), ast.Load) - own  # a function that calls itself is not used
+    assert defined - used == set()
 
-SHARED = """import functools
+
+@each_script
+def test_script_imports_nothing_of_this_repository(script):
+    lines = (sync_shared.REPOSITORY / "requirements.txt").read_text().splitlines()
+    packages = [re.match(r"[\w.-]+", line).group() for line in lines if line and line[0] != "#"]
+    allowed = {IMPORT_NAMES.get(name, name) for name in packages} | sys.stdlib_module_names
+    for node in ast.walk(ast.parse(script.read_bytes())):
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported = [node.module]
+        assert {name.split(".")[0] for name in imported} <= allowed | {"PIL"}  # with matplotlib
+
+
+# The tool itself
+
+SHARED = '''import functools
 
 # Larger is
 # slower.
@@ -78,26 +119,51 @@ class Box:
     pass
 
 
-def main():
+def sample():
     print(area(2), Box)
-"""
+
+
+# ==== THE HARNESS ====
+def main():
+    """The end."""
+    sample()
+'''
 
 
 @pytest.fixture
 def repository(tmp_path):
-    """Three scripts; `first` and `second` are the same, `third` shares nothing but its `main`."""
+    """Three scripts: `first` and `second` are the same, `third` shares with them a name alone."""
     for folder, text in [
         ("ImageDiffusionModel/first", SHARED),
         ("LatentDiffusionModel/second", SHARED),
-        ("LatentDiffusionModel/third", "def main():\n    print(area(2), Box)\n"),
+        (
+            "LatentDiffusionModel/third",
+            "def sample():\n    pass\n\n\n" + SHARED[SHARED.index("# =") :],
+        ),
     ]:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "script_model_train_test.py").write_text(text)
     return tmp_path
 
 
-def path_of(repository, name):
-    return next(path for path in sync_shared.find_scripts(repository) if path.parent.name == name)
+@pytest.fixture
+def scripts(repository):
+    return sync_shared.find_scripts(repository)
+
+
+@pytest.fixture
+def start(repository, capsys):
+    """A function that starts the tool and returns its exit status and what it said."""
+
+    def start(*arguments, exceptions=("sample",)):
+        try:
+            status = sync_shared.main([*map(str, arguments)], repository, {*exceptions})
+        except SystemExit as error:
+            status = error.code
+        said = capsys.readouterr()
+        return status, said.out + said.err.split("error: ")[-1]
+
+    return start
 
 
 def edit(path, old, new):
@@ -106,126 +172,96 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-def run_check(repository, capsys, exceptions=None):
-    status = sync_shared.main(["--check"], repository, exceptions or {})
-    return status, capsys.readouterr().out
-
-
-DRIFTS = [
-    ("area", "width * SIZE", "SIZE * width"),
-    ("area", "@functools.cache\n", ""),
-    ("area", "    # the end\n", ""),
-    ("SIZE", "SIZE = 3", "SIZE = 4"),
-    ("SIZE", "SIZE = 3", "SIZE: int = 3"),
-    ("SIZE", "# Larger is\n", "# Larger, said the author, is\n"),
-    ("SIZE", "SIZE = 3", "SIZE = 3  # cm"),
-    ("Box", "class Box:\n    pass", "class Box:\n    # empty\n    pass"),
-]
-
-
-def test_check_accepts_identical_definitions(repository, capsys):
-    assert run_check(repository, capsys) == (0, "")
-
-
-@pytest.mark.parametrize(("name", "old", "new"), DRIFTS)
-def test_check_reports_drift_and_the_command_it_prints_mends_it(repository, capsys, name, old, new):
-    first, second = path_of(repository, "first"), path_of(repository, "second")
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("area", "width * SIZE", "SIZE * width"),
+        ("area", "@functools.cache\n", ""),
+        ("area", "    # the end\n", ""),
+        ("SIZE", "SIZE = 3", "SIZE: int = 3"),
+        ("SIZE", "# Larger is\n", "# Larger, said the author, is\n"),
+        ("SIZE", "SIZE = 3", "SIZE = 3  # cm"),
+        ("Box", "class Box:\n    pass", "class Box:\n    # empty\n    pass"),
+        ("", "The end.", "The very end."),
+        ("", "    sample()\n", "    sample()\n\n\ndef helper():\n    pass\n"),
+        ("", "=\ndef main", "=\n# A library.\ndef main"),
+    ],
+)
+def test_drift_is_told_and_the_command_that_is_told_mends_it(scripts, start, name, old, new):
+    first, second, third = scripts
+    assert start("--check") == (0, "")
     edit(second, old, new)
-    status, message = run_check(repository, capsys)
+    status, message = start("--check")
     assert status == 1
     assert message.count("has more than one meaning") == 1
-    assert f"{name} has more than one meaning" in message
-    changed = tuple(part for part in map(str.strip, f"{old}\n{new}".split("\n")) if part)
-    assert any(line[0] in "+-" and line.strip().endswith(changed) for line in message.split("\n") if line)
-    command = f"python tests/sync_shared.py --from ImageDiffusionModel/first/script_model_train_test.py {name}"
-    assert command in message
+    assert f"{name or 'the harness'} has more than one meaning" in message
+    [part] = [line for line in new.split("\n") if line not in old][-1:] or [old.split("\n")[0]]
+    assert any(line[0] in "+-" and part in line for line in message.split("\n"))
+    command = "python tests/sync_shared.py --from ImageDiffusionModel/first/"
+    assert f"{command}script_model_train_test.py {name}".strip() + "\n" in message
+    before = first.read_bytes(), third.read_bytes()
+    changed = "changed LatentDiffusionModel/second/script_model_train_test.py\n"
+    assert start("--from", first, *name.split()) == (0, changed)
+    assert second.read_bytes() == first.read_bytes()
+    assert (first.read_bytes(), third.read_bytes()) == before
+    assert start("--check") == (0, "")
 
-    before = first.read_bytes()
-    assert sync_shared.main(["--from", str(first), name], repository, {}) == 0
-    assert second.read_bytes() == first.read_bytes() == before
-    assert run_check(repository, capsys)[0] == 0
 
-
-def test_copy_without_names_mends_everything_and_adds_nothing(repository, capsys):
-    first, second, third = (path_of(repository, name) for name in ("first", "second", "third"))
+def test_without_names_everything_is_copied_and_with_one_that_alone(scripts, start):
+    first, second, third = scripts
     edit(first, "SIZE = 3", "SIZE = (\n    4\n)")
     edit(first, "    pass", '    """A box."""')
-    edit(third, "print(", "print(2, ")
-    before = third.read_text()
-    sync_shared.main(["--from", str(first)], repository, {"main": "differs"})
+    edit(first, "    sample()\n", "    sample()\n\n\ndef helper():\n    pass\n")
+    start("--from", first, "SIZE")
+    assert "    4\n" in second.read_text()
+    assert "A box." not in second.read_text() and "helper" not in second.read_text()
+    own = third.read_text().split("#")[0]
+    start("--from", first)
     assert second.read_bytes() == first.read_bytes()
-    assert third.read_text() == before
-    assert capsys.readouterr().out == "changed LatentDiffusionModel/second/script_model_train_test.py\n"
+    assert third.read_text() == own + first.read_text()[first.read_text().index("# ==") :]
 
 
-def test_copy_of_one_name_leaves_the_others_alone(repository):
-    first, second = path_of(repository, "first"), path_of(repository, "second")
-    edit(first, "SIZE = 3", "SIZE = 4")
-    edit(first, "    pass", '    """A box."""')
-    sync_shared.main(["--from", str(first), "SIZE"], repository, {})
-    assert "SIZE = 4" in second.read_text()
-    assert "A box." not in second.read_text()
-
-
-def test_exceptions_may_differ_but_must_not_be_stale(repository, capsys):
-    edit(path_of(repository, "third"), "print(", "print(2, ")
-    assert run_check(repository, capsys)[0] == 1
-    assert run_check(repository, capsys, {"main": "each has its own"}) == (0, "")
+def test_exceptions_may_differ_but_must_not_be_stale(start):
+    assert start("--check", exceptions=())[0] == 1
     for stale in ("area", "no_such_name"):  # identical everywhere; defined nowhere
-        status, message = run_check(repository, capsys, {"main": "each has its own", stale: "no reason"})
+        status, message = start("--check", exceptions=("sample", stale))
         assert status == 1
-        assert f"{stale} is a stale exception" in message
+        assert f"{stale} differs in no two scripts" in message
 
 
-def test_line_ends_count(repository, capsys):
-    path = path_of(repository, "second")
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert run_check(repository, capsys)[0] == 1
+def test_line_ends_count(scripts, start):
+    scripts[1].write_bytes(scripts[1].read_bytes().replace(b"\n", b"\r\n"))
+    assert start("--check")[0] == 1
 
 
-@pytest.mark.parametrize("text", ["A = 1\nA = 2\n", "A = B = 1\n", "A, B = 1, 2\n", "def broken(:\n"])
-def test_a_script_that_cannot_be_compared_is_named(repository, capsys, text):
-    path = path_of(repository, "second")
-    path.write_text(text)
-    with pytest.raises(SystemExit) as exit_info:
-        run_check(repository, capsys)
-    assert exit_info.value.code == 2
-    assert sync_shared.label(path) in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        SHARED + "# THE HARNESS\n",
+        "A = 1\nA = 2\n" + SHARED,
+        "A = B = 1\n" + SHARED,
+        "A, B = 1, 2\n" + SHARED,
+        "def broken(:\n" + SHARED,
+    ],
+)
+def test_script_that_cannot_be_compared_is_named_in_one_line(scripts, start, text):
+    scripts[1].write_text(text)
+    for arguments in (["--check"], ["--from", scripts[0]], ["--from", scripts[1]]):
+        status, message = start(*arguments)
+        assert status == 2
+        assert sync_shared.label(scripts[1]) in message and message.count("\n") == 1
+    assert scripts[1].read_text() == text
 
 
-@pytest.mark.parametrize("name", ["main", "no_such_name"])
-def test_copy_refuses_names_that_are_not_shared(repository, capsys, name):
-    edit(path_of(repository, "third"), "print(", "print(2, ")
-    with pytest.raises(SystemExit) as exit_info:
-        sync_shared.main(["--from", str(path_of(repository, "first")), name], repository, {"main": "its own"})
-    assert exit_info.value.code == 2
-    assert name in capsys.readouterr().err
-
-
-def test_check_takes_no_names(repository, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        sync_shared.main(["--check", "area"], repository, {})
-    assert exit_info.value.code == 2
-    assert "--check" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["sample", "main", "no_such_name"])
+def test_copy_refuses_names_that_are_not_shared(scripts, start, name):
+    status, message = start("--from", scripts[0], name)
+    assert (status, name in message) == (2, True)
 
 
 def test_the_tool_runs_from_the_command_line():
-    command = [sys.executable, sync_shared.__file__, "--check"]
-    completed = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert completed.returncode in (0, 1) and completed.stderr == ""  # what it finds is the first test's affair
-
-
-def test_unused_definitions_are_found(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text(
-        "USED = 1\nIDLE = 2\n\ndef recursive():\n    return recursive()\n\ndef main():\n    print(USED)\n\nmain()\n"
-    )
-    assert unused_definitions(path) == {"IDLE", "recursive"}
-
-
-def test_foreign_imports_are_found(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text("import os, torch.nn\nfrom PIL import Image\nfrom sklearn import manifold\nimport helpers\n")
-    assert foreign_imports(path) == {"helpers"}
-    path.write_text("def f():\n    from . import helpers\n    from tests.conftest import run_script\n")
-    assert foreign_imports(path) == {".", "tests.conftest"}
+    done = run_script(sync_shared.__file__, "--check")
+    assert done.returncode in (0, 1) and done.stderr == ""  # what it finds is a test's above
+    done = run_script(sync_shared.__file__, "--check", "area")
+    assert done.returncode == 2 and "takes no names" in done.stderr

@@ -1,11 +1,11 @@
-"""The transformer of ImageDiffusionModel/Transformer, its loss and its use of DDIM, against formulas and diffusers.
+"""The transformer of ImageDiffusionModel/Transformer, its loss and its use of DDIM, against
+formulas and diffusers.
 
-A class whose images are all the same image m has the exact denoiser v = (sqrt(alpha_bar) x - m) / sqrt(1 - alpha_bar):
-it sees x_0 = m in every state, and the noise that the state was made with. DDIM then stays on x_t = sqrt(alpha_bar) m +
-sqrt(1 - alpha_bar) noise, in any number of steps.
+A class whose images are all the same image m has the exact denoiser
+v = (sqrt(alpha_bar) x - m) / sqrt(1 - alpha_bar): it sees x_0 = m in every state, and the noise
+that the state was made with. DDIM then stays on x_t = sqrt(alpha_bar) m + sqrt(1 - alpha_bar)
+noise, in any number of steps.
 """
-
-import dataclasses
 
 import diffusers
 import numpy as np
@@ -13,14 +13,16 @@ import pytest
 import torch
 
 from conftest import REPOSITORY, load_script
-from networks import perturb, without_gradient
+from networks import Denoiser, models_of, perturb, rng_of, states_of, without_gradient
 
-MEANS = torch.randn(11, 1, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(1))  # a class each
+GENERATOR = torch.Generator().manual_seed(1)
+MEANS = torch.randn(11, 1, 28, 28, dtype=torch.float64, generator=GENERATOR)  # a class each
 
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script(REPOSITORY / "ImageDiffusionModel" / "Transformer" / "script_model_train_test.py")
+    folder = REPOSITORY / "ImageDiffusionModel" / "Transformer"
+    return load_script(folder / "script_model_train_test.py")
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +32,28 @@ def alpha_bars(script):
 
 
 def build_denoiser(script, patch_size=4, perturbation=0.1):
-    """A small denoiser with all its weights moved off their initial values, so that what starts at zero takes part."""
+    """A small denoiser with all its weights moved off their initial values."""
     return perturb(script.TransformerDenoiser(patch_size, width=128, depth=2), perturbation)
 
 
 def inputs(script):
     """Images, times and class weights of a call."""
-    return torch.randn(5, 1, 28, 28), torch.linspace(1, 1000, 5).long(), script.class_weights(2 * torch.arange(5))
+    classes = script.class_weights(2 * torch.arange(5))
+    return torch.randn(5, 1, 28, 28), torch.linspace(1, 1000, 5).long(), classes
 
 
-class ExactDenoiser:
-    """The exact denoiser of classes of one image each, the null class too."""
+def exact_models(script, **settings):
+    """Models with the exact denoiser of classes of one image each, the null class too."""
+    alpha_bars = script.cosine_alpha_bars()
 
-    def __init__(self, alpha_bars):
-        self.alpha_bars = alpha_bars
-
-    def __call__(self, x, t, classes):
-        a = self.alpha_bars[t.long()][:, None, None, None]
+    def denoiser(x, t, classes):
+        a = alpha_bars[t][:, None, None, None]
         return (a.sqrt() * x - MEANS[classes.argmax(1)]) / (1 - a).sqrt()
 
+    return models_of(script, denoiser, **settings)
 
-# ---------------------------------------------------------------------------------------------------------- the model
+
+# --- the model ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("patch_size", [2, 4])
@@ -58,6 +61,8 @@ def test_denoiser_starts_at_zero_and_its_blocks_as_the_identity(script, patch_si
     denoiser = build_denoiser(script, patch_size, perturbation=0)
     x, t, classes = inputs(script)
     assert torch.equal(denoiser(x, t, classes), torch.zeros_like(x))
+    assert torch.equal(denoiser.alpha_bars, script.cosine_alpha_bars().float())
+    assert not {"alpha_bars", "positions"} & set(denoiser.state_dict())  # the same for ever
     tokens, condition = torch.randn(5, 49, 128), torch.randn(5, 128)
     for block in denoiser.blocks:
         assert torch.equal(block(tokens, condition), tokens)
@@ -79,7 +84,8 @@ def test_every_weight_learns_and_every_input_counts(script, patch_size):
 
 @pytest.mark.parametrize(("side", "width"), [(7, 192), (14, 96), (7, 32)])
 def test_positions_are_those_of_the_masked_autoencoder(script, side, width):
-    """MAE's formula: half the channels for the column and half for the row, sines before cosines in each half."""
+    """MAE's formula: half the channels for the column and half for the row, sines before cosines in
+    each half."""
     expected = np.empty((side * side, width))
     for row in range(side):
         for column in range(side):
@@ -113,7 +119,8 @@ def test_blocks_know_no_order_but_attend_to_every_token(script):
     tokens, condition = torch.randn(2, 49, 128), torch.randn(2, 128)
     order = torch.randperm(49, generator=torch.Generator().manual_seed(0))
     out = block(tokens, condition)
-    torch.testing.assert_close(block(tokens[:, order], condition), out[:, order], rtol=1e-4, atol=1e-4)
+    moved = block(tokens[:, order], condition)
+    torch.testing.assert_close(moved, out[:, order], rtol=1e-4, atol=1e-4)
     changed = tokens.clone()
     changed[0, 17] = torch.randn(128)
     moved = (block(changed, condition) - out).abs().amax(dim=2)
@@ -129,7 +136,8 @@ def test_attention_is_the_mean_of_values_weighted_by_softmax(script):
     for head in range(2):
         q, k, v = (parts[:, :, part, head] for part in range(3))
         heads.append(torch.softmax(q @ k.transpose(1, 2) / 8, dim=2) @ v)
-    torch.testing.assert_close(attention(tokens), attention.out(torch.cat(heads, dim=2)), rtol=1e-4, atol=1e-5)
+    expected = attention.out(torch.cat(heads, dim=2))
+    torch.testing.assert_close(attention(tokens), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_positions_tell_the_denoiser_where_a_patch_is(script):
@@ -137,39 +145,41 @@ def test_positions_tell_the_denoiser_where_a_patch_is(script):
     x, t, classes = inputs(script)
     swapped = torch.cat([x[..., 4:8], x[..., :4], x[..., 8:]], dim=3)
     out, moved = denoiser(x, t, classes), denoiser(swapped, t, classes)
-    assert (torch.cat([moved[..., 4:8], moved[..., :4], moved[..., 8:]], dim=3) - out).abs().max() > 0.01
+    back = torch.cat([moved[..., 4:8], moved[..., :4], moved[..., 8:]], dim=3)
+    assert (back - out).abs().max() > 0.01
 
 
-# ----------------------------------------------------------------------------------------------- process and its loss
+# --- process and its loss -------------------------------------------------------------------------
 
 
 def test_v_noise_and_data_can_be_had_from_each_other(script, alpha_bars):
     x0, noise = torch.randn(2, 1001, 1, 4, 4, dtype=torch.float64)
-    x, v = script.diffuse(x0, noise, alpha_bars), script.v_target(x0, noise, alpha_bars)
-    torch.testing.assert_close(script.x0_of_v(x, v, alpha_bars), x0, rtol=0, atol=1e-12)
-    torch.testing.assert_close(script.noise_of_v(x, v, alpha_bars), noise, rtol=0, atol=1e-12)
     a = alpha_bars[:, None, None, None]
+    x, v = script.diffuse(x0, noise, a), script.v_target(x0, noise, a)
+    torch.testing.assert_close(script.x0_of_v(x, v, a), x0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(script.noise_of_v(x, v, a), noise, rtol=0, atol=1e-12)
     torch.testing.assert_close(x, a.sqrt() * x0 + (1 - a).sqrt() * noise)
     torch.testing.assert_close(v, a.sqrt() * noise - (1 - a).sqrt() * x0)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
 def test_weights_are_those_of_the_paper(script, alpha_bars, gamma):
-    """min(SNR, gamma) times the error of x_0, which is min(SNR, gamma) / SNR times that of the noise."""
+    """min(SNR, gamma) times the error of x_0, which is min(SNR, gamma) / SNR times the noise's."""
     a = alpha_bars[1:]
-    snr = a / (1 - a)
+    snr, column = a / (1 - a), a[:, None, None, None]
     x0, noise, error = torch.randn(3, 1000, 1, 4, 4, dtype=torch.float64)
-    x, v = script.diffuse(x0, noise, a), script.v_target(x0, noise, a)
+    x, v = script.diffuse(x0, noise, column), script.v_target(x0, noise, column)
 
     def losses(got, wanted):
         return (got - wanted).square().mean(dim=(1, 2, 3))
 
     of_v = script.min_snr_weight(a, gamma) * losses(v + error, v)
-    of_x0 = losses(script.x0_of_v(x, v + error, a), x0)
-    of_noise = losses(script.noise_of_v(x, v + error, a), noise)
-    torch.testing.assert_close(script.min_snr_weight(a, gamma), snr.clamp(max=gamma) / (snr + 1), rtol=1e-9, atol=0)
-    torch.testing.assert_close(of_v, snr.clamp(max=gamma) * of_x0, rtol=1e-8, atol=0)
-    torch.testing.assert_close(of_v, snr.clamp(max=gamma) / snr * of_noise, rtol=1e-8, atol=0)
+    of_x0 = losses(script.x0_of_v(x, v + error, column), x0)
+    of_noise = losses(script.noise_of_v(x, v + error, column), noise)
+    least, weight = snr.clamp(max=gamma), script.min_snr_weight(a, gamma)
+    torch.testing.assert_close(weight, least / (snr + 1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(of_v, least * of_x0, rtol=1e-8, atol=0)
+    torch.testing.assert_close(of_v, least / snr * of_noise, rtol=1e-8, atol=0)
 
 
 def test_loss_is_the_weighted_mean_over_all_times(script, alpha_bars):
@@ -181,9 +191,8 @@ def test_loss_is_the_weighted_mean_over_all_times(script, alpha_bars):
 
     x0 = torch.full((20_000, 1, 1, 1), 0.5)
     labels = torch.arange(20_000) % 10
-    state, options = torch.get_rng_state(), {"class_dropout": 0.2, "gamma": 5.0}
-    loss = script.min_snr_v_loss(denoiser, x0, labels, torch.Generator().manual_seed(0), **options)
-    assert torch.equal(torch.get_rng_state(), state)
+    network, options = Denoiser(denoiser, alpha_bars.float()), {"class_dropout": 0.2, "gamma": 5.0}
+    loss = script.min_snr_v_loss(network, x0, labels, rng_of(script), **options)
     [(x, t, classes)] = calls
     assert {1, 1000} < set(t.tolist()) <= set(range(1, 1001))
     assert abs(t.float().mean() - 500.5) < 10
@@ -201,85 +210,79 @@ def test_loss_is_the_weighted_mean_over_all_times(script, alpha_bars):
     assert abs((seen == script.NULL_CLASS).float().mean() - 0.2) < 0.015
 
 
-# ----------------------------------------------------------------------------------------------------------- sampling
+# --- sampling -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 1.5])
 @pytest.mark.parametrize("steps", [1, 7, 25])
-def test_samples_of_an_exact_denoiser_stay_on_the_forward_process(script, alpha_bars, steps, guidance_scale):
-    config = script.Config(guidance_scale=guidance_scale)
+def test_samples_of_an_exact_denoiser_stay_on_the_forward_process(
+    script, alpha_bars, steps, guidance_scale
+):
+    models = exact_models(script, guidance_scale=guidance_scale)
     noise, labels = torch.randn(10, 1, 28, 28, dtype=torch.float64), torch.arange(10)
-    states = script.sample(ExactDenoiser(alpha_bars), script.class_weights(labels), noise, config, steps)
-    assert len(states) == steps + 1
-    assert torch.equal(states[0], noise)
+    pairs = list(script.sample(models, noise, script.class_weights(labels), steps))
+    assert torch.equal(pairs[0][0], noise)
     means = MEANS[10] + guidance_scale * (MEANS[:10] - MEANS[10])
     first = alpha_bars[1000]
     noise = (noise - first.sqrt() * means) / (1 - first).sqrt()
-    for state, t in zip(states, script.sampling_times(steps)):
+    for (state, guess), t in zip(pairs, script.sampling_times(steps), strict=True):
         a = alpha_bars[t]
-        torch.testing.assert_close(state, a.sqrt() * means + (1 - a).sqrt() * noise, rtol=0, atol=1e-9)
+        truth = a.sqrt() * means + (1 - a).sqrt() * noise
+        torch.testing.assert_close(state, truth, rtol=0, atol=1e-9)
+        torch.testing.assert_close(guess, means, rtol=0, atol=1e-9)
 
 
 def test_trajectories_are_those_of_diffusers(script, alpha_bars):
     """The same network, noise and alphas: 25 steps of DDIMScheduler, whose t counts from 0."""
-    steps, config = 25, script.Config(guidance_scale=2.0)
-    denoiser, noise = build_denoiser(script), torch.randn(4, 1, 28, 28, dtype=torch.float64)
-    classes = script.class_weights(torch.tensor([0, 3, 9, 10]))
+    steps, denoiser = 25, build_denoiser(script)
+    noise = torch.randn(4, 1, 28, 28, dtype=torch.float64)
+    labels = torch.tensor([0, 3, 9, script.NULL_CLASS])
+    classes, null = script.class_weights(labels), script.class_weights(torch.full((4,), 10))
 
     def predict_v(x, t, classes):
         with torch.autocast("cpu", enabled=False):
             return denoiser(x.float(), t, classes).double()
 
     scheduler = diffusers.DDIMScheduler(
-        num_train_timesteps=1000, prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False,
-        rescale_betas_zero_snr=False, set_alpha_to_one=True,
+        num_train_timesteps=1000, prediction_type="v_prediction", timestep_spacing="trailing",
+        clip_sample=False, rescale_betas_zero_snr=False, set_alpha_to_one=True,
     )  # fmt: skip
     scheduler.alphas_cumprod = alpha_bars[1:]
     scheduler.set_timesteps(steps)
-    expected = [noise]
+    models = models_of(script, predict_v, guidance_scale=2.0)
     with torch.inference_mode():
+        expected = [noise]
         for t in scheduler.timesteps:
             times = torch.full((4,), int(t) + 1)
-            c, u = (predict_v(expected[-1], times, y) for y in (classes, script.class_weights(torch.full((4,), 10))))
+            c, u = (predict_v(expected[-1], times, y) for y in (classes, null))
             expected.append(scheduler.step(u + 2.0 * (c - u), t, expected[-1]).prev_sample)
-    states = script.sample(predict_v, classes, noise, config, steps)
-    assert len(states) == len(expected)
-    for state, other in zip(states, expected):
+        states = states_of(script.sample(models, noise, classes, steps))
+    for state, other in zip(states, expected, strict=True):
         assert (state - other).norm() <= 1e-5 * other.norm()
     assert (states[-1] - noise).norm() > 0.1 * noise.norm()
 
 
-def test_fresh_noise_is_repeatable_and_other_for_other_noise(script, alpha_bars):
-    config = dataclasses.replace(script.Config(), eta=1.0, guidance_scale=1.0)
+def test_as_much_fresh_noise_is_added_as_the_settings_say(script, alpha_bars):
+    """In the first of two steps, from t = 1000 to 500."""
     classes = script.class_weights(torch.zeros(4, dtype=torch.int64))
-    noise = torch.randn(2, 4, 1, 28, 28, dtype=torch.float64)
-
-    def fresh_noise(start):  # of the first of two steps, from t = 1000 to 500
-        state, a = script.sample(ExactDenoiser(alpha_bars), classes, start, config, 2)[1], alpha_bars[[1000, 500]]
-        sigma = ((1 - a[1]) / (1 - a[0]) * (1 - a[0] / a[1])).sqrt()
-        return (state - a[1].sqrt() * MEANS[0] - (1 - a[1] - sigma**2).clamp(min=0).sqrt() * start) / sigma
-
-    rng = torch.get_rng_state()
-    first, again, second = fresh_noise(noise[0]), fresh_noise(noise[0]), fresh_noise(noise[1])
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert torch.equal(first, again)
-    assert abs(first.std() - 1) < 0.05
-    assert abs((first * second).mean()) < 0.1
+    noise, drawn = torch.randn(2, 4, 1, 28, 28, dtype=torch.float64)
+    a = alpha_bars[[1000, 500]]
+    old = (noise - a[0].sqrt() * MEANS[0]) / (1 - a[0]).sqrt()
+    for eta in (0.0, 0.4, 1.0):
+        models = exact_models(script, eta=eta, guidance_scale=1.0)
+        state = states_of(script.sample(models, noise, classes, 2, lambda: drawn))[1]
+        sigma = eta * ((1 - a[1]) / (1 - a[0]) * (1 - a[0] / a[1])).sqrt()
+        truth = a[1].sqrt() * MEANS[0] + (1 - a[1] - sigma**2).clamp(min=0).sqrt() * old
+        torch.testing.assert_close(state, truth + sigma * drawn, rtol=0, atol=1e-9)
 
 
-def test_figures_show_trajectories_without_fresh_noise(script, alpha_bars):
-    class Denoiser(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, x, t, classes):
-            return ExactDenoiser(alpha_bars)(x, t, classes).float()
-
-    models = script.TrainedModels(Denoiser(), dataclasses.replace(script.Config(), eta=1.0, guidance_scale=1.0), [])
-    trajectories = script.draw_trajectories(models, torch.arange(10), 20)
-    assert trajectories.states.shape == trajectories.noised.shape == (21, 10, 1, 28, 28)
-    assert trajectories.captions[:2] == ["t = 1000", "t = 950"]
-    assert trajectories.captions[-1] == "t = 0"
+def test_figures_show_trajectories_without_fresh_noise(script):
+    models = exact_models(script, eta=1.0, guidance_scale=1.0)
+    noise = torch.randn(10, 1, 28, 28, dtype=torch.float64)
+    drawn = script.draw_trajectories(models, noise, script.class_weights(torch.arange(10)), 20)
+    assert drawn.states.shape == drawn.noised.shape == (21, 10, 1, 28, 28)
+    assert drawn.captions[:2] == ["t = 1000", "t = 950"]
+    assert drawn.captions[-1] == "t = 0"
     # Here the forward process from the sample to its noise is the way it came.
-    torch.testing.assert_close(trajectories.noised.flip(0), trajectories.states, rtol=0, atol=1e-3)
+    torch.testing.assert_close(drawn.noised, drawn.states, rtol=0, atol=1e-3)
+    torch.testing.assert_close(drawn.guesses, MEANS[:10].expand(21, -1, -1, -1, -1))

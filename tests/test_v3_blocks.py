@@ -1,4 +1,5 @@
-"""The networks of v3: shapes, gradients, conditioning, attention, and whom the autoencoder's loss may teach."""
+"""The networks of v3: shapes, gradients, conditioning, attention, and whom the loss of stage 1 may
+teach."""
 
 import numpy as np
 import pytest
@@ -7,25 +8,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import draw_shapes
-from networks import perturb, without_gradient
+from networks import perturb, rng_of, without_gradient
 
 LABELS = torch.arange(20) % 10
+CPU = torch.device("cpu")
 
 
 class Networks:
-    """The configuration, the objective of stage 1 and the denoiser: small and untrained."""
+    """What each stage trains, small and untrained; and models of the same."""
 
     def __init__(self, script):
-        # Of 16 channels in 8 groups; a group of one channel would cancel the bias before it, gradient and all.
-        self.config = script.Config(**{**script.QUICK, "autoencoder_width": 16, "width": 16})
-        stages = script.build_stages(self.config, 100, torch.device("cpu"))
-        self.objective, self.denoiser = [stage.model for stage in stages]
-        self.autoencoder = self.objective.autoencoder
-        self.latents = script.seeded_noise(
-            (script.NULL_CLASS + 1, self.config.latent_channels, 7, 7), self.config.sampling_seed, torch.device("cpu")
-        )
-        self.times = torch.linspace(0, 1000, len(self.latents))
-        self.classes = script.class_weights(torch.arange(len(self.latents)))  # each class once, the null class last
+        # Of 16 channels in 8 groups; a group of one channel would cancel the bias before it,
+        # gradient and all.
+        widths = {"autoencoder_width": 16, "width": 16}
+        config = script.Settings(**script.default_settings(CPU, quick=True) | widths)
+        built = script.initial_networks(config, CPU)
+        self.models = script.Models(built, config, [])
+        self.compression, self.denoiser = built["autoencoder"], built["diffusion"]
+        self.autoencoder = self.compression["autoencoder"]
+        count = script.NULL_CLASS + 1
+        self.latents = script.noise_of_samples(self.models, range(count))()
+        self.times = torch.linspace(0, 1, count)
+        self.classes = script.class_weights(torch.arange(count))  # the null class last
 
 
 @pytest.fixture
@@ -48,13 +52,14 @@ def submodules(module, kind):
 
 
 def gradients(module, loss):
-    """The gradient of a loss for all parameters of a module, in one vector; zero where there is none."""
+    """The gradient of a loss for all parameters of a module, in one vector; zero where none is."""
     parameters = list(module.parameters())
     found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found)])
+    found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
-# The denoiser
+# --- the denoiser ---------------------------------------------------------------------------------
 
 
 def test_velocity_has_the_shape_of_the_latents_and_starts_at_zero(networks):
@@ -70,15 +75,17 @@ def test_gradient_reaches_every_parameter_of_the_denoiser(script_v3, networks):
     assert without_gradient(denoiser) == []
     for block in submodules(denoiser, script_v3.ConditionedBlock):  # scale and shift alike
         assert (block.modulation.weight.grad.abs().amax(dim=1) > 1e-8).all()
-    assert (denoiser.classes.weight.grad.abs().amax(dim=0) > 1e-8).all()  # each class, the null class too
+    by_class = denoiser.classes.weight.grad.abs().amax(dim=0)  # the null class too
+    assert (by_class > 1e-8).all()
 
 
 def test_class_and_time_matter_to_the_denoiser(networks):
     denoiser, count = perturb(networks.denoiser), len(networks.classes)
-    latents, time = networks.latents[:1].expand(count, -1, -1, -1), torch.tensor([500.0])
+    latents, time = networks.latents[:1].expand(count, -1, -1, -1), torch.tensor([0.5])
     with torch.no_grad():
         by_class = denoiser(latents, time.expand(count), networks.classes).flatten(1)
-        by_time = denoiser(latents, networks.times, networks.classes[:1].expand(count, -1)).flatten(1)
+        one = networks.classes[:1].expand(count, -1)
+        by_time = denoiser(latents, networks.times, one).flatten(1)
     for velocities in (by_class, by_time):
         distances = torch.cdist(velocities, velocities) / velocities.norm(dim=1).mean()
         assert distances[~torch.eye(count, dtype=torch.bool)].min() > 0.01
@@ -94,11 +101,12 @@ def test_rows_of_a_batch_do_not_mix(networks):
             (autoencoder.decode, (latents,)),
             (autoencoder.encode, (images,)),
         ):
-            alone = torch.cat([model(*(part[row : row + 1] for part in batch)) for row in range(len(latents))])
+            rows = zip(*(part.split(1) for part in batch))
+            alone = torch.cat([model(*row) for row in rows])
             torch.testing.assert_close(model(*batch), alone, atol=1e-4, rtol=1e-4)
 
 
-# The blocks
+# --- the blocks -----------------------------------------------------------------------------------
 
 
 def test_residual_blocks_of_the_autoencoder_start_as_the_identity(script_v3, networks):
@@ -111,7 +119,8 @@ def test_residual_blocks_of_the_autoencoder_start_as_the_identity(script_v3, net
 def test_residual_blocks_of_the_denoiser_start_as_their_skip(script_v3, networks):
     skips = set()
     for block in submodules(networks.denoiser, script_v3.ConditionedBlock):
-        x, embedding = torch.randn(2, block.conv1.in_channels, 4, 4), torch.randn(2, block.modulation.in_features)
+        x = torch.randn(2, block.conv1.in_channels, 4, 4)
+        embedding = torch.randn(2, block.modulation.in_features)
         assert torch.equal(block(x, embedding), block.skip(x))
         skips.add(isinstance(block.skip, nn.Identity))
         perturb(block)
@@ -122,7 +131,8 @@ def test_residual_blocks_of_the_denoiser_start_as_their_skip(script_v3, networks
 
 def test_scale_and_shift_act_on_the_normalised_features(script_v3, networks):
     block = perturb(submodules(networks.denoiser, script_v3.ConditionedBlock)[0])
-    x, embedding = torch.randn(2, block.conv1.in_channels, 4, 4), torch.randn(2, block.modulation.in_features)
+    x = torch.randn(2, block.conv1.in_channels, 4, 4)
+    embedding = torch.randn(2, block.modulation.in_features)
     scale, shift = block.modulation(embedding).chunk(2, dim=1)
     h = block.norm2(block.conv1(F.silu(block.norm1(x))))
     h = block.conv2(F.silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]))
@@ -170,102 +180,118 @@ def test_channel_attention_gates_channels_by_the_means_of_all(script_v3, network
         gate = attention(x) / x  # (B, C, 5, 5)
         assert (gate > 0).all()
         assert (gate < 1).all()
-        torch.testing.assert_close(gate, gate[:, :, :1, :1].expand_as(gate))  # the same at all positions
+        everywhere = gate[:, :, :1, :1].expand_as(gate)
+        torch.testing.assert_close(gate, everywhere)
         x[:, 0] += 3.0
         changed = attention(x)[:, 1:] / x[:, 1:]
         assert (changed - gate[:, 1:]).abs().amax(dim=(0, 2, 3)).min() > 1e-4  # the others notice
         shuffled = x.flatten(2)[:, :, torch.randperm(25)].unflatten(2, (5, 5))
-        torch.testing.assert_close(attention(shuffled) / shuffled, attention(x) / x)  # only the means count
+        # only the means count
+        torch.testing.assert_close(attention(shuffled) / shuffled, attention(x) / x)
 
 
-# The autoencoder
+# --- the autoencoder ------------------------------------------------------------------------------
 
 
 def standardised(latents):
     """Whether each channel has mean 0 and variance 1."""
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    return torch.allclose(mean, torch.zeros_like(mean), atol=1e-4) and torch.allclose(std, torch.ones_like(std))
+    return torch.allclose(mean, 0 * mean, atol=1e-4) and torch.allclose(std, 0 * std + 1)
 
 
 def test_encode_and_decode_shapes_types_and_ranges(script_v3, networks, images):
-    autoencoder = perturb(networks.autoencoder)
-    latents = script_v3.encode_images(autoencoder, images)
+    autoencoder, models = perturb(networks.autoencoder), networks.models
+    latents = script_v3.embed_images(models, images)
     assert latents.shape == (len(images), *networks.latents.shape[1:])
     assert latents.dtype == torch.float32
-    decoded = script_v3.decode_images(autoencoder, 30 * latents)
+    decoded = script_v3.decode_images(models, 30 * latents)
     assert decoded.shape == images.shape
     assert decoded.dtype == torch.uint8
-    raw = autoencoder.decode(30 * latents)  # in float32, which the uint8 images need not be computed in
+    raw = autoencoder.decode(30 * latents)  # in float32, which the images need not be computed in
     assert raw.min() < -1.5
     assert raw.max() > 1.5
     assert (decoded[raw < -1.5] == 0).all()  # clamped, not wrapped around
     assert (decoded[raw > 1.5] == 255).all()
+    rows = script_v3.decode_images(models, 30 * latents.unflatten(0, (4, 5)))
+    assert torch.equal(rows.flatten(0, 1), decoded)
+    whole = script_v3.in_chunks(autoencoder.encode, images)
     for chunk in (1, 7, 500):
-        torch.testing.assert_close(script_v3.encode_images(autoencoder, images, chunk), latents, atol=1e-4, rtol=1e-4)
-        again = script_v3.decode_images(autoencoder, 30 * latents, chunk)
-        assert (again.int() - decoded.int()).abs().max() <= 1
+        again = script_v3.in_chunks(autoencoder.encode, images, chunk)
+        torch.testing.assert_close(again, whole, atol=1e-4, rtol=1e-4)
 
 
 def test_different_images_have_different_latents_and_reconstructions(script_v3, networks, images):
-    autoencoder = perturb(networks.autoencoder)
-    latents = script_v3.encode_images(autoencoder, images)
-    for values in (latents, script_v3.decode_images(autoencoder, latents).float()):
+    perturb(networks.autoencoder)
+    latents = script_v3.embed_images(networks.models, images)
+    for values in (latents, script_v3.decode_images(networks.models, latents).float()):
         distances = torch.cdist(values.flatten(1), values.flatten(1))
         assert distances[~torch.eye(len(images), dtype=torch.bool)].min() > 0.1
 
 
+@torch.no_grad()
 def test_latents_are_standardised_by_set_statistics(script_v3, networks, images):
-    autoencoder = perturb(networks.autoencoder)
-
-    def encode(images):
-        return script_v3.encode_images(autoencoder, images)
-
-    first, others = images[:10], 255 - images[10:] // 2
-    latents = encode(first)
-    assert not standardised(latents)
-    reconstruction = autoencoder.decode(latents)
-    autoencoder.set_statistics(latents)
-    assert standardised(encode(first))
-    mean, std = autoencoder.latent_mean.clone(), autoencoder.latent_std.clone()
-    autoencoder.set_statistics(encode(first))  # again: nothing is left to do
-    torch.testing.assert_close((autoencoder.latent_mean, autoencoder.latent_std), (mean, std))
-    assert not standardised(encode(others))
-    autoencoder.set_statistics(encode(others))
-    assert standardised(encode(others))
-    torch.testing.assert_close(autoencoder.decode(encode(first)), reconstruction, atol=1e-4, rtol=1e-4)
+    autoencoder, floats = perturb(networks.autoencoder), script_v3.to_float(images)
+    first, others = floats[:10], -floats[10:] / 2
+    for batch in (first, others):
+        raw = autoencoder.raw_encode(batch)
+        positions = raw.flatten(1)
+        torch.testing.assert_close(positions.mean(dim=1), torch.zeros(10), atol=1e-4, rtol=0)
+        assert (positions.std(dim=1) - 1).abs().max() < 0.01
+        reconstruction = autoencoder.decoder(raw)
+        autoencoder.set_statistics(raw)
+        assert standardised(autoencoder.encode(batch))
+        decoded = autoencoder.decode(autoencoder.encode(batch))
+        torch.testing.assert_close(decoded, reconstruction, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(autoencoder.raw_encode(batch), raw)  # as it was trained
+    assert not standardised(autoencoder.encode(first))
     assert {"latent_mean", "latent_std"} <= set(autoencoder.state_dict())  # a checkpoint keeps them
 
 
-def test_gradient_reaches_every_parameter_of_the_objective(script_v3, networks, images):
-    objective = perturb(networks.objective)
-    objective(images, LABELS).backward()
-    assert without_gradient(objective) == []
-
-
-def loss_of(objective, images):
+def loss_of(script, compression, images, perceptual_weight=4.0, latent_noise=0.1):
     """The loss of stage 1, with the same noise at every call."""
-    return objective(images, LABELS, torch.Generator().manual_seed(0))
+    weights = {"perceptual_weight": perceptual_weight, "latent_noise": latent_noise}
+    floats = script.to_float(images)
+    return script.autoencoder_loss(compression, floats, LABELS, rng_of(script), **weights)
+
+
+def test_gradient_reaches_every_parameter_of_the_autoencoders_loss(script_v3, networks, images):
+    compression = perturb(networks.compression)
+    loss_of(script_v3, compression, images).backward()
+    assert without_gradient(compression) == []
+
+
+def test_loss_is_the_sum_of_its_parts(script_v3, networks, images):
+    """Absolute error, perceptual distance, and the classifier's cross-entropy on real images."""
+    compression, floats = perturb(networks.compression), script_v3.to_float(images)
+    autoencoder, net = compression["autoencoder"], compression["perceptual_net"]
+    z = autoencoder.raw_encode(floats)
+    made = autoencoder.decoder(z + 0.3 * rng_of(script_v3).randn(*z.shape))
+    (real, logits), (fake, _) = net(floats), net(made)
+    distance = sum(script_v3.perceptual_distance(a, b) for a, b in zip(real, fake))
+    expected = (floats - made).abs().mean() + F.cross_entropy(logits, LABELS) + 2 * distance
+    torch.testing.assert_close(loss_of(script_v3, compression, images, 2.0, 0.3), expected)
 
 
 def test_perceptual_net_learns_from_its_own_cross_entropy_alone(script_v3, networks, images):
-    objective = perturb(networks.objective)
-    net = objective.perceptual_net
+    compression = perturb(networks.compression)
+    net = compression["perceptual_net"]
     _, logits = net(script_v3.to_float(images))
     expected = gradients(net, F.cross_entropy(logits, LABELS))
     assert expected.abs().max() > 1e-3
     for weight in (0.0, 1.0, 50.0):
-        objective.perceptual_weight = weight
-        found = gradients(net, loss_of(objective, images))
+        found = gradients(net, loss_of(script_v3, compression, images, weight))
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_autoencoder_learns_nothing_from_the_head_of_the_classifier(script_v3, networks, images):
-    objective = perturb(networks.objective)
-    before = gradients(objective.autoencoder, loss_of(objective, images))
-    perturb(objective.perceptual_net.head)
-    torch.testing.assert_close(gradients(objective.autoencoder, loss_of(objective, images)), before)
-    perturb(objective.perceptual_net.stages)
-    after = gradients(objective.autoencoder, loss_of(objective, images))
+    compression = perturb(networks.compression)
+    autoencoder, net = compression["autoencoder"], compression["perceptual_net"]
+    before = gradients(autoencoder, loss_of(script_v3, compression, images))
+    perturb(net.head)
+    same = gradients(autoencoder, loss_of(script_v3, compression, images))
+    torch.testing.assert_close(same, before)
+    perturb(net.stages)
+    after = gradients(autoencoder, loss_of(script_v3, compression, images))
     assert (after - before).norm() > 1e-3 * before.norm()  # but it looks through the features
 
 
@@ -273,7 +299,7 @@ def test_perceptual_distance_is_zero_for_equal_features_only(script_v3):
     a, b = torch.randn(2, 3, 8, 5, 5)
     assert script_v3.perceptual_distance(a, a) == 0
     assert script_v3.perceptual_distance(a, b) > 0.1
-    torch.testing.assert_close(script_v3.perceptual_distance(a, 3 * a), torch.tensor(0.0), atol=1e-6, rtol=0)
+    assert script_v3.perceptual_distance(a, 3 * a) < 1e-6
     # Opposite unit vectors are 2 apart at every position.
     torch.testing.assert_close(script_v3.perceptual_distance(a, -a), torch.tensor(4.0))
 
@@ -283,6 +309,7 @@ def test_images_survive_the_round_trip_to_floats(script_v3):
     floats = script_v3.to_float(images)
     assert floats.dtype == torch.float32
     assert (floats.min(), floats.max()) == (-1, 1)
+    assert script_v3.to_float(floats) is floats
     assert torch.equal(script_v3.to_uint8(floats), images)
     assert torch.equal(script_v3.to_uint8(floats + 0.003), images)  # rounded, not cut off
     assert torch.equal(script_v3.to_uint8(floats - 0.003), images)

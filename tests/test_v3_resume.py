@@ -24,17 +24,21 @@ def interrupted_run(module, arguments, step):
         return run(module, arguments)
 
 
-def test_checkpoints_within_an_epoch_do_not_change_the_bits(module, undisturbed, tiny_data_dir, tmp_path):
+def test_checkpoints_within_an_epoch_do_not_change_the_bits(
+    module, undisturbed, tiny_data_dir, tmp_path
+):
     assert run(module, flags(module, tmp_path, tiny_data_dir, checkpoint_minutes=0)) == 0
     assert differences(read(undisturbed), read(tmp_path)) == []
-    assert steps(tmp_path)["diffusion"] - 1 == read(tmp_path, "previous.pt")["stages"]["diffusion"]["step"]
+    assert steps(tmp_path, "previous.pt")["diffusion"] == 8  # of 9
 
 
-SEEDED = [("autoencoder", "order"), ("autoencoder", "step"), ("diffusion", "order"), ("diffusion", "step")]
+SEEDED = [(stage, use) for stage in ("autoencoder", "diffusion") for use in ("order", "step")]
 
 
 @pytest.mark.parametrize("parts", [("initial weights",), *SEEDED], ids=" ".join)
-def test_another_seed_changes_the_bits(module, undisturbed, monkeypatch, tiny_data_dir, tmp_path, parts):
+def test_another_seed_changes_the_bits(
+    module, undisturbed, monkeypatch, tiny_data_dir, tmp_path, parts
+):
     """Each use of the seed for itself, while the others have that of the undisturbed run."""
     real = module.derived_seed
 
@@ -48,26 +52,21 @@ def test_another_seed_changes_the_bits(module, undisturbed, monkeypatch, tiny_da
     assert changed == (["diffusion"] if parts[0] == "diffusion" else ["autoencoder", "diffusion"])
 
 
-def test_nothing_else_depends_on_the_seed(module, undisturbed, monkeypatch, tiny_data_dir, tmp_path):
-    """The ruler of the test above."""
-    real = module.derived_seed
-    monkeypatch.setattr(module, "derived_seed", lambda seed, *parts: real(0, *parts))
-    assert run(module, flags(module, tmp_path, tiny_data_dir, seed=1)) == 0
-    assert differences(read(undisturbed)["stages"], read(tmp_path)["stages"]) == []
-
-
 @pytest.mark.parametrize("step", [2, 9])
-def test_signal_late_in_a_step_loses_nothing(module, undisturbed, monkeypatch, capsys, tiny_data_dir, tmp_path, step):
+def test_signal_late_in_a_step_loses_nothing(
+    module, undisturbed, monkeypatch, capsys, tiny_data_dir, tmp_path, step
+):
     """The signal comes when the loop has already decided whether this step is saved."""
-    real, calls = module.add_loss, iter(range(1000))
+    calls = iter(range(1000))
 
-    def interrupted_add_loss(*args):
-        if next(calls) == step:
-            signal.raise_signal(signal.SIGTERM)
-        return real(*args)
+    class InterruptedBar(module.tqdm):
+        def update(self, *args):
+            if next(calls) == step:
+                signal.raise_signal(signal.SIGTERM)
+            return super().update(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "add_loss", interrupted_add_loss)
+        patch.setattr(module, "tqdm", InterruptedBar)
         assert run(module, flags(module, tmp_path, tiny_data_dir)) == 143
     stage, done = [(name, done) for name, done in steps(tmp_path).items() if done][-1]
     assert f"{stage}, step {done} of" in capsys.readouterr().err
@@ -75,22 +74,28 @@ def test_signal_late_in_a_step_loses_nothing(module, undisturbed, monkeypatch, c
     assert differences(read(undisturbed), read(tmp_path)) == []
 
 
-@pytest.mark.parametrize("saver", ["save_reconstructions", "save_samples"])
-def test_signal_in_the_last_picture_of_a_stage_is_heeded(module, monkeypatch, tiny_data_dir, tmp_path, saver):
-    count = {"save_reconstructions": 2, "save_samples": 3}[saver]  # epochs of its stage
+@pytest.mark.parametrize("saver", ["save_reconstructions", "draw"])
+def test_signal_in_the_last_picture_of_a_stage_is_heeded(
+    module, monkeypatch, tiny_data_dir, tmp_path, saver
+):
+    where, count = {"save_reconstructions": (module, 2), "draw": (module.Run, 3)}[saver]
     calls = []
 
     def interrupted_saver(*args):
         calls.append(args)
-        if len(calls) == count:
+        if len(calls) == count:  # epochs of its stage
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(module, saver, interrupted_saver)
+    monkeypatch.setattr(where, saver, interrupted_saver)
     assert run(module, flags(module, tmp_path, tiny_data_dir)) == 130
+    assert list(steps(tmp_path).values()) == {"draw": [6, 9]}.get(saver, [6])
 
 
-def test_figures_and_samples_do_not_touch_the_training(module, undisturbed, monkeypatch, tiny_data_dir, tmp_path):
-    """The real figures in the midst of training, all but the drawing itself, and a greedy user of random numbers."""
+def test_figures_and_samples_do_not_touch_the_training(
+    module, undisturbed, monkeypatch, tiny_data_dir, tmp_path
+):
+    """The real figures in the midst of training, all but the drawing itself, and a greedy user of
+    random numbers."""
     fresh = load_script(SCRIPT_V3)
     for name in ("save_figure", "save_animation", "save_latent_space", "draw_grid", "path_figure"):
         monkeypatch.setattr(fresh, name, lambda *args: None)
@@ -109,20 +114,6 @@ def test_figures_and_samples_do_not_touch_the_training(module, undisturbed, monk
     assert differences(read(undisturbed), read(tmp_path)) == []
 
 
-def test_validation_has_a_noise_of_its_own(module):
-    """Validation losses of one model are equal whatever happened before, and training's noise goes on unharmed."""
-    config, cpu = module.Config(width=8, autoencoder_width=8, epochs=1, autoencoder_epochs=1), torch.device("cpu")
-    for stage, shape in zip(module.build_stages(config, 20, cpu), [(1, 28, 28), (config.latent_channels, 7, 7)]):
-        held_out = [torch.randint(0, 256, (20, *shape)), torch.arange(20) % 10]
-        losses = []
-        for seed in range(3):
-            torch.manual_seed(seed)
-            before = torch.get_rng_state()
-            losses.append(module.validation_loss(stage, held_out))
-            assert torch.equal(torch.get_rng_state(), before)
-        assert losses[0] == losses[1] == losses[2]
-
-
 def test_finished_run_trains_on_with_more_epochs(module, output, tiny_data_dir, tmp_path):
     once = shutil.copytree(output, tmp_path / "interrupted")
     before = read(output)
@@ -134,16 +125,19 @@ def test_finished_run_trains_on_with_more_epochs(module, output, tiny_data_dir, 
     assert differences(before["history"], after["history"][:5]) == []
     assert [row["epoch"] for row in after["history"]] == [1, 2, 1, 2, 3, 4, 5]
     assert after["history"][5]["learning_rate"] > 0  # planned anew: it had fallen to zero
-    assert differences(before["stages"]["diffusion"]["model"], after["stages"]["diffusion"]["model"])
+    first, last = (each["stages"]["diffusion"]["model"] for each in (before, after))
+    assert differences(first, last)
     assert interrupted_run(module, arguments[1], 2) == 130
     assert run(module, arguments[1]) == 0
     assert differences(after, read(once)) == []
 
 
-def test_autoencoder_epochs_change_before_the_second_stage_only(module, output, capsys, tiny_data_dir, tmp_path):
+def test_autoencoder_epochs_change_before_the_second_stage_only(
+    module, output, capsys, tiny_data_dir, tmp_path
+):
     before = (output / "checkpoints" / "last.pt").read_bytes()
     assert run(module, flags(module, output, tiny_data_dir, autoencoder_epochs=3)) == 2
-    assert "--autoencoder-epochs" in capsys.readouterr().err
+    assert "epochs of autoencoder" in capsys.readouterr().err
     assert (output / "checkpoints" / "last.pt").read_bytes() == before
     assert interrupted_run(module, flags(module, tmp_path / "new", tiny_data_dir), 4) == 130
     assert run(module, flags(module, tmp_path / "new", tiny_data_dir, autoencoder_epochs=3)) == 0
@@ -151,18 +145,19 @@ def test_autoencoder_epochs_change_before_the_second_stage_only(module, output, 
 
 
 def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_path):
-    arguments = flags(module, tmp_path, tiny_data_dir, seed=7, guidance_scale=2.5, autoencoder_epochs=1, epochs=2)
+    given = {"seed": 7, "guidance_scale": 2.5, "autoencoder_epochs": 1, "epochs": 2}
+    arguments = flags(module, tmp_path, tiny_data_dir, **given)
     assert interrupted_run(module, arguments, 5) == 130
     config = read(tmp_path)["config"]
     assert (config["seed"], config["guidance_scale"]) == (7, 2.5)
     arguments = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
     assert run(module, [*arguments, "--sampler=euler"]) == 0
-    assert read(tmp_path)["config"] == config | {"sampler": "euler"}  # a field that may change has changed
+    assert read(tmp_path)["config"] == config | {"sampler": "euler"}  # which may change
     assert steps(tmp_path) == {"autoencoder": 3, "diffusion": 6}
 
 
 def test_quick_run_resumes_with_the_flags_it_began_with(module, tiny_data_dir, tmp_path):
-    """--quick is itself a set of flags; on resuming they must not override what the run began with."""
+    """--quick is a set of values; on resuming they must not override what the run began with."""
     arguments = flags(module, tmp_path, tiny_data_dir, width=24)
     assert interrupted_run(module, arguments, 8) == 130
     arguments = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]

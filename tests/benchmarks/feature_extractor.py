@@ -51,7 +51,9 @@ def read_idx(path):
         shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
     except (OSError, EOFError, IndexError, ValueError, struct.error) as error:
-        raise ValueError(f"{path} is not a readable IDX file ({error}); delete it and run again") from error
+        raise ValueError(
+            f"{path} is not a readable IDX file ({error}); delete it and run again"
+        ) from error
 
 
 def download(data_dir):
@@ -122,7 +124,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.first = ConvNormReLU(channels, channels, 3, 1, 1)
-        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
+        self.second = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
+        )
 
     def forward(self, x):
         return F.relu(x + self.second(self.first(x)))
@@ -180,8 +184,13 @@ def extract(images_uint8, chunk_size=500, model=None):
     """
     model = model or load_feature_extractor()
     images = torch.as_tensor(images_uint8).cpu()
-    pairs = [model(to_input(images[i : i + chunk_size])) for i in range(0, max(len(images), 1), chunk_size)]
-    return torch.cat([features for features, _ in pairs]), torch.cat([logits for _, logits in pairs])
+    pairs = [
+        model(to_input(images[i : i + chunk_size]))
+        for i in range(0, max(len(images), 1), chunk_size)
+    ]
+    return torch.cat([features for features, _ in pairs]), torch.cat(
+        [logits for _, logits in pairs]
+    )
 
 
 def accuracy(model, images, labels):
@@ -220,16 +229,23 @@ def train(data_dir, output, epochs, batch_size=128, learning_rate=0.1, weight_de
     model = FeatureExtractor().to(memory_format=torch.channels_last)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
     steps = len(images) // batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=epochs * steps, pct_start=0.2
+    )
 
     start = time.perf_counter()
     for epoch in range(1, epochs + 1):
         model.train()
         total = 0.0
-        for batch in torch.randperm(len(images), generator=generator)[: steps * batch_size].split(batch_size):
+        for batch in torch.randperm(len(images), generator=generator)[: steps * batch_size].split(
+            batch_size
+        ):
             with torch.autocast("cpu", torch.bfloat16):
                 _, logits = model(augment(to_input(images[batch]), labels[batch], generator))
             loss = F.cross_entropy(logits.float(), labels[batch])
@@ -242,7 +258,10 @@ def train(data_dir, output, epochs, batch_size=128, learning_rate=0.1, weight_de
             total += loss.item()
         validated = accuracy(model.eval(), *validation)
         seconds = time.perf_counter() - start
-        print(f"epoch {epoch:2d}  loss {total / steps:.4f}  validation {validated:.2%}  {seconds:.0f} s", flush=True)
+        print(
+            f"epoch {epoch:2d}  loss {total / steps:.4f}  validation {validated:.2%}  {seconds:.0f} s",
+            flush=True,
+        )
 
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), output)
@@ -251,12 +270,32 @@ def train(data_dir, output, epochs, batch_size=128, learning_rate=0.1, weight_de
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", action="store_true", help="train new weights (the committed ones stay as they are)")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs of training (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of training (default: %(default)s)")
-    parser.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="torchvision's root (default: data/)")
-    parser.add_argument("--output", type=Path, default=HERE / "output" / WEIGHTS_PATH.name, help="where --train saves")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="train new weights (the committed ones stay as they are)",
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=20, help="epochs of training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=DEFAULT_DATA_DIR,
+        help="torchvision's root (default: data/)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=HERE / "output" / WEIGHTS_PATH.name,
+        help="where --train saves",
+    )
     args = parser.parse_args()
     try:
         if args.train:
@@ -264,7 +303,9 @@ def main():
             return
         model = load_feature_extractor()
         images, labels = load_split(args.data_dir, train=True)
-        print(f"validation accuracy {accuracy(model, images[-VALIDATION_SIZE:], labels[-VALIDATION_SIZE:]):.2%}")
+        print(
+            f"validation accuracy {accuracy(model, images[-VALIDATION_SIZE:], labels[-VALIDATION_SIZE:]):.2%}"
+        )
         print(f"test accuracy {accuracy(model, *load_split(args.data_dir, train=False)):.2%}")
     except (RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

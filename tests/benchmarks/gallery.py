@@ -1,12 +1,12 @@
 """Copy the pictures of a finished run into a version's gallery/, small enough to be committed.
 
-    python tests/benchmarks/gallery.py LatentDiffusionModel/v3                      from its output/
-    python tests/benchmarks/gallery.py LatentDiffusionModel/v3 --output-dir DIR     from another folder
+    python tests/benchmarks/gallery.py LatentDiffusionModel/v3                   from its output/
+    python tests/benchmarks/gallery.py LatentDiffusionModel/v3 --output-dir DIR  from another
 
-Of each figure the newest one is taken, and its name loses the epoch; strip.png is the first ten samples of samples.npz,
-one of each class where there are classes, and real_and_generated.png the first sixty beside as many test images.
-Animations are scaled down, everything is stored in as few bits as show no difference, and what an older run left in the
-gallery goes. Warns above 4 MB.
+Of each figure the newest one is taken, and its name loses the epoch; strip.png is the first ten
+samples of samples.npz, one of each class where there are classes, and real_and_generated.png the
+first sixty beside as many test images. Animations are scaled down, everything is stored in as few
+bits as show no difference, and what an older run left in the gallery goes. Warns above 4 MB.
 """
 
 import argparse
@@ -23,15 +23,18 @@ import quality
 import speed
 
 FIGURES = (
-    "loss_curves.png", "latent_space/latent_space.png", "reconstruction/reconstruction.png", "*/*_epoch_*.png",
+    "loss_curves.png",
+    "reconstruction/reconstruction.png",
+    "*/*_epoch_*.png",
     "*/*_epoch_*.gif",
-)  # fmt: skip
+)
 ANIMATION_WIDTH = 140  # pixels: five a pixel of the image
 LIMIT = 4 * 2**20  # bytes of a gallery
 
 
 def newest_figures(output):
-    """{name in a gallery: path} of the figures in an output folder, of each the one of the latest epoch.
+    """{name in a gallery: path} of the figures in an output folder, of each the one of the latest
+    epoch.
 
     A figure without an epoch in its name belongs to the finished run, so is the latest.
     """
@@ -60,7 +63,14 @@ def save_animation(source, target, width=ANIMATION_WIDTH):
             durations.append(frame.info["duration"])
             frames.append(frame.convert("L").resize(size, Image.Resampling.BOX).quantize(32))
         loop = animation.info["loop"]
-    frames[0].save(target, save_all=True, append_images=frames[1:], duration=durations, loop=loop, optimize=True)
+    frames[0].save(
+        target,
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=loop,
+        optimize=True,
+    )
 
 
 def tile(images, columns, enlargement=2):
@@ -78,7 +88,8 @@ def first_of_each_class(images, labels, count):
 
 
 def save_comparison(samples, real, title, target):
-    """Write a picture of real images on the left and the same number of samples on the right, ten a row each."""
+    """Write a picture of real images on the left and the same number of samples on the right, ten a
+    row each."""
     left, right, gap, top = tile(real, 10), tile(samples, 10), 24, 30
     picture = Image.new("L", (left.width + gap + right.width, top + left.height), 255)
     dejavu = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
@@ -90,17 +101,21 @@ def save_comparison(samples, real, title, target):
 
 
 def save_samples(path, version, data_dir, gallery):
-    """Write the pictures that need no figure: of an export's first samples, alone and beside real images."""
+    """Write the pictures that need no figure: of an export's first samples, alone and beside real
+    images."""
     samples, labels = quality.read_samples(path)
     real, real_labels = (np.asarray(part) for part in fe.load_split(data_dir, train=False))
     tile(samples[:10], 10).save(gallery / "strip.png", optimize=True)
     if labels is not None and labels.min() >= 0:  # as in the exports, a class a column
         real = first_of_each_class(real, real_labels, 6)
-    save_comparison(samples[:60], real[:60], f"samples of {version}", gallery / "real_and_generated.png")
+    save_comparison(
+        samples[:60], real[:60], f"samples of {version}", gallery / "real_and_generated.png"
+    )
 
 
 def build_gallery(output, gallery, version, data_dir):
-    """Fill a gallery from an output folder. Returns its bytes; raises ValueError where figures or samples lack."""
+    """Fill a gallery from an output folder. Returns its bytes; raises ValueError where figures or
+    samples lack."""
     figures, samples = newest_figures(output), output / "samples.npz"
     if not figures or not samples.is_file():
         raise ValueError(f"{output} holds no {'samples.npz' if figures else 'figures'}")
@@ -116,10 +131,16 @@ def build_gallery(output, gallery, version, data_dir):
 
 def main(argv=None, repository=speed.REPOSITORY):
     """Command line. Exits 2 with one line on bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("version", metavar="VERSION", help="for example LatentDiffusionModel/v3")
-    parser.add_argument("--output-dir", type=Path, help="of the run (default: output/ of the version)")
-    parser.add_argument("--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root")
+    parser.add_argument(
+        "--output-dir", type=Path, help="of the run (default: output/ of the version)"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root"
+    )
     args = parser.parse_args(argv)
     try:
         [script] = speed.find_versions([args.version], repository).values()

@@ -1,12 +1,13 @@
 """Measure the speed of the versions, as ratios within one run on one machine.
 
-    python tests/benchmarks/speed.py                                     every version that there is
-    python tests/benchmarks/speed.py LatentDiffusionModel/v3 --peers     one version, and the peers beside it
+    python tests/benchmarks/speed.py                                  every version that there is
+    python tests/benchmarks/speed.py LatentDiffusionModel/v3 --peers  one, and the peers beside it
 
-Needs no trained models: speed does not depend on what the weights are. For each version it prints the training step
-against the bare step (forward, loss, backward, optimizer) of the same model on the same resident batch; the input
-pipeline against a DataLoader with ToTensor; the seconds for 1,000 images at the published sampler; and the seconds for
-the GIFs and path figures. README.md, beside this file, says what each number means.
+Needs no trained models: speed does not depend on what the weights are. For each version it prints
+the training step against the bare step (forward, loss, backward, optimizer) of the same model on
+the same resident batch; the input pipeline against a DataLoader with ToTensor; the seconds for
+1,000 images at the published sampler; and the seconds for the GIFs and path figures. README.md,
+beside this file, says what each number means.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import importlib.metadata
 import io
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -39,24 +41,20 @@ from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 
 WARM_UP = 3  # steps or blocks that are run before the measured ones
 BLOCK = 20  # batches that are timed together in the input pipeline
-SOLE_SAMPLERS = {  # of the versions whose configuration has no choice of sampler
-    "ImageDiffusionModel/Transformer": "ddim",
-    "LatentDiffusionModel/v1": "ddim",
-    "LatentDiffusionModel/v2": "dpm-solver++(2m)",
-}
 
 
 class Enough(Exception):
     """Ends a run of a script in which all that was wanted has been measured."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scripts
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def find_versions(wanted=(), repository=REPOSITORY):
-    """Map the versions in ``wanted``, or all that there are, to their scripts; ValueError names one that is not."""
+    """Map the versions in ``wanted``, or all that there are, to their scripts; ValueError names one
+    that is not."""
     found = {version_of(path): path for path in find_scripts(repository)}
     for version in wanted:
         if version not in found:
@@ -72,7 +70,11 @@ def epoch_fields(config_class):
 
 def epoch_flags(epochs):
     """The command line for {field: epochs}."""
-    return [text for name, count in epochs.items() for text in (f"--{name.replace('_', '-')}", str(count))]
+    return [
+        text
+        for name, count in epochs.items()
+        for text in (f"--{name.replace('_', '-')}", str(count))
+    ]
 
 
 def script_flags(args):
@@ -89,7 +91,8 @@ def quiet():
 
 @contextlib.contextmanager
 def calls_of(script):
-    """Calls of a script's functions print their warnings and no more; what would end its run becomes a ValueError."""
+    """Calls of a script's functions print their warnings and no more; what would end its run
+    becomes a ValueError."""
     try:
         with quiet() as printed:
             yield
@@ -101,15 +104,16 @@ def calls_of(script):
 
 
 def pick_device(scripts, name):
-    """The device that the scripts of {version: script} know as ``name``; ValueError where it cannot be used."""
+    """The device that the scripts of {version: script} know as ``name``; ValueError where it cannot
+    be used."""
     script = load_script(next(iter(scripts.values())))
     with calls_of(script):
         return script.pick_device(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Timing
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def hardware(device):
@@ -120,7 +124,10 @@ def hardware(device):
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):  # only Linux has this file, and tells the model there
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(": ")[2].strip() for line in lines if line.startswith("model name")), name)
+        name = next(
+            (line.partition(": ")[2].strip() for line in lines if line.startswith("model name")),
+            name,
+        )
     return f"{name}, {os.cpu_count()} cores"
 
 
@@ -140,7 +147,8 @@ def seconds_of(work, device):
 
 
 def interleave(contestants, repeats, warm_up):
-    """Call each of {name: callable} in turn, for ``warm_up`` rounds that do not count and ``repeats`` that do.
+    """Call each of {name: callable} in turn, for ``warm_up`` rounds that do not count and
+    ``repeats`` that do.
 
     A callable returns its own seconds. Returns {name: list of ``repeats`` seconds}.
     """
@@ -148,21 +156,22 @@ def interleave(contestants, repeats, warm_up):
     return {name: [each[name] for each in rounds[warm_up:]] for name in contestants}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class StageTimes:
-    """What was measured of one stage of a version; ``seconds`` holds a list for "step", "bare" and each rival."""
+    """What was measured of one stage of a version; ``seconds`` holds a list for "step", "bare" and
+    each rival."""
 
     name: str
     epochs: int  # of the published recipe
     steps_per_epoch: int
     batch_size: int
     parameters: int
-    arrays: list  # what batches are taken from: the images or latents, and the labels where there are any
+    arrays: tuple  # what batches are taken from: the images or latents, and labels, if any
     seconds: dict
 
     def median(self, name="step"):
@@ -171,12 +180,13 @@ class StageTimes:
 
 
 def bare_step(script, stage):
-    """Returns a function of a batch: one step of a copy of the stage's model, and nothing that is not needed for it."""
-    model, optimizer = copy.deepcopy((stage.model, stage.optimizer))
+    """Returns a function of a batch and its random numbers: one step of a copy of the stage's
+    network, and nothing that is not needed for it."""
+    network, optimizer = copy.deepcopy((stage.network, stage.optimizer))
 
-    def step(batch):
+    def step(batch, rng):
         with script.autocast(batch[0].device):
-            loss = stage.loss_fn(model, *batch)
+            loss = stage.loss(network, *batch, rng)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -185,44 +195,48 @@ def bare_step(script, stage):
 
 
 def measure_training(path, flags, repeats, rivals=None):
-    """Time the real training loop of a script, and after each of its steps the bare step on the same batch.
+    """Time the real training loop of a script, and after each of its steps the bare step on the
+    same batch.
 
-    A step counts from the end of the one before, so the loop's own work is in it: taking the rows, seeding, reading the
-    loss. Each stage is stopped after ``WARM_UP`` + ``repeats`` steps, and then the next one begins.
+    A step counts from the end of the one before, so the loop's own work is in it: taking the rows,
+    seeding, reading the loss. Each stage is stopped after ``WARM_UP`` + ``repeats`` steps, and then
+    the next one begins; "diffusion" is the last.
 
     Args:
         flags: of the command line, without --output-dir.
-        rivals: None, or a function of the stage and the uint8 training images (N, 1, 28, 28) that returns
-            {name: function without arguments}; they take their turns in the last stage.
+        rivals: None, or a function of the stage and the uint8 training images (N, 1, 28, 28) that
+            returns {name: function without arguments}; they take their turns in the last stage.
 
-    Returns: a list of ``StageTimes``. Raises ValueError if a stage has fewer steps than are to be timed.
+    Returns: a list of ``StageTimes``. Raises ValueError if a stage has fewer steps than are to be
+    timed.
     """
     script, measured = load_script(path), []
-    real_train, real_step = script.train, script.train_step
+    real_steps, real_step = script.train_steps, script.train_step
 
-    def train(run, stage, arrays, held_out, after_epoch):
-        device, last = arrays[0].device, stage is run.stages[-1]
-        bare, images = bare_step(script, stage), measured[0].arrays[0] if measured else arrays[0]
-        others = rivals(stage, images) if rivals and last else {}
+    def train_steps(run, stage, arrays, validate, after_epoch):
+        device, last = arrays[0].device, stage.name == "diffusion"
+        bare = bare_step(script, stage)
+        others = rivals(stage, run.data.train_images) if rivals and last else {}
         seconds = {name: [] for name in ("step", "bare", *others)}
         ended = time.perf_counter()
 
-        def timed_step(stage, batch):
+        def timed_step(stage, batch, rng):
             nonlocal ended
-            loss = real_step(stage, batch)
+            losses = real_step(stage, batch, rng)
             synchronize(device)
             seconds["step"].append(time.perf_counter() - ended)
-            seconds["bare"].append(seconds_of(lambda: bare(batch), device))
+            floats = [script.to_float(array) for array in batch]
+            seconds["bare"].append(seconds_of(lambda: bare(floats, rng), device))
             for name, work in others.items():
                 seconds[name].append(seconds_of(work, device))
             if len(seconds["step"]) == WARM_UP + repeats:
                 raise Enough
             ended = time.perf_counter()
-            return loss
+            return losses
 
         script.train_step = timed_step
         with contextlib.suppress(Enough):
-            real_train(run, stage, arrays, held_out, after_epoch)
+            real_steps(run, stage, arrays, validate, after_epoch)
         if len(seconds["step"]) < WARM_UP + repeats:
             raise ValueError(f"{script.VERSION}: {stage.name} has too few steps to time {repeats}")
         measured.append(
@@ -231,7 +245,7 @@ def measure_training(path, flags, repeats, rivals=None):
                 epochs=stage.total_steps // stage.steps_per_epoch,
                 steps_per_epoch=stage.steps_per_epoch,
                 batch_size=stage.batch_size,
-                parameters=sum(parameter.numel() for parameter in stage.model.parameters()),
+                parameters=sum(parameter.numel() for parameter in stage.network.parameters()),
                 arrays=arrays,
                 seconds={name: each[WARM_UP:] for name, each in seconds.items()},
             )
@@ -239,19 +253,20 @@ def measure_training(path, flags, repeats, rivals=None):
         if last:
             raise Enough
 
-    script.train = train
+    script.train_steps = train_steps
     with tempfile.TemporaryDirectory() as folder, calls_of(script), contextlib.suppress(Enough):
         script.main([*flags, "--output-dir", folder])
     return measured
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Input pipeline
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def resident_batches(arrays, batch_size, to_float):
-    """Yield batches as a script takes them from its resident arrays, the images brought to [-1, 1]."""
+    """Yield batches as a script takes them from its resident arrays, the images brought to [-1,
+    1]."""
     while True:
         for rows in torch.randperm(len(arrays[0]), device=arrays[0].device).split(batch_size):
             images, *others = (array[rows] for array in arrays)
@@ -259,16 +274,20 @@ def resident_batches(arrays, batch_size, to_float):
 
 
 def loader_batches(data_dir, batch_size, workers, device):
-    """Yield batches from a DataLoader with ToTensor, the usual way, the images brought to [-1, 1]."""
+    """Yield batches from a DataLoader with ToTensor, the usual way, the images brought to [-1,
+    1]."""
     dataset = FashionMNIST(data_dir, train=True, transform=transforms.ToTensor())
-    loader = DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    loader = DataLoader(
+        dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
     while True:
         for images, labels in loader:
             yield [2 * images.to(device) - 1, labels.to(device)]
 
 
 def measure_input(stage, to_float, data_dir, repeats):
-    """Seconds a batch of the first stage's input: {"resident": [...], "0 workers": [...], "<cores> workers": [...]}."""
+    """Seconds a batch of the first stage's input: {"resident": [...], "0 workers": [...], "<cores>
+    workers": [...]}."""
     device, size = stage.arrays[0].device, stage.batch_size
     sources = {"resident": resident_batches(stage.arrays, size, to_float)}
     for workers in (0, os.cpu_count() or 1):
@@ -280,42 +299,51 @@ def measure_input(stage, to_float, data_dir, repeats):
     return interleave({name: block(source) for name, source in sources.items()}, repeats, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling and figures
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def stopwatch(script, names, device):
-    """Make the functions of a script that are named add the seconds of each call to the list that is returned."""
-    seconds = []
+def stopwatch(script, name, device):
+    """Make a script's function of that name add the seconds of each call to the list returned."""
+    function, seconds = getattr(script, name), []
 
-    def timed(function):
-        def call(*args, **kwargs):
-            results = []
-            seconds.append(seconds_of(lambda: results.append(function(*args, **kwargs)), device))
-            return results[0]
+    def call(*args, **kwargs):
+        results = []
+        seconds.append(seconds_of(lambda: results.append(function(*args, **kwargs)), device))
+        return results[0]
 
-        return call
-
-    for name in names:
-        setattr(script, name, timed(getattr(script, name)))
+    setattr(script, name, call)
     return seconds
 
 
 def make_untrained(path, flags, folder):
     """Leave a checkpoint of the published size in ``folder``, after a step or two of training."""
     script = load_script(path)
-    real_train = script.train
+    real_steps = script.train_steps
 
-    def train(run, stage, arrays, held_out, after_epoch):
-        real_train(run, stage, arrays, held_out, lambda: None)  # no figures of the epoch
-        if stage is run.stages[-1]:
+    def train_steps(run, stage, arrays, validate, after_epoch):
+        real_steps(run, stage, arrays, validate, lambda epoch: None)  # no figures of the epoch
+        if stage.name == "diffusion":
             raise Enough
 
-    script.train = train
-    once = epoch_flags(dict.fromkeys(epoch_fields(script.Config), 1))
+    script.train_steps = train_steps
+    once = epoch_flags(dict.fromkeys(epoch_fields(script.Settings), 1))
     with calls_of(script), contextlib.suppress(Enough):
         script.main([*flags, "--output-dir", str(folder), "--train-images", "64", *once])
+
+
+def without_companions(name, network):
+    """A stage's network without what is trained beside it and not sampled from: v3's classifier."""
+    return network[name] if isinstance(network, torch.nn.ModuleDict) else network
+
+
+def sampler_name(config):
+    """The sampler that the settings choose; where there is no choice, the one that the help of
+    ``sampling_steps`` names, such as "steps of DDIM"; or "?"."""
+    [steps] = [each for each in dataclasses.fields(config) if each.name == "sampling_steps"]
+    found = re.fullmatch(r"steps of (\S+)", steps.metadata["help"])
+    return getattr(config, "sampler", found[1].lower() if found else "?")
 
 
 class Sampler:
@@ -323,17 +351,20 @@ class Sampler:
 
     Attributes:
         models: what the script's ``load_trained`` returned.
-        parameters: number of their parameters.
+        parameters: number of their parameters, without those that only training needs.
     """
 
     def __init__(self, path, output, device):
         self.script, self.rows, self.count = load_script(path), 0, 0
         with calls_of(self.script):
             self.models = self.script.load_trained(Path(output), device)
-        networks = [part for part in self.models if isinstance(part, torch.nn.Module)]
-        self.parameters = sum(parameter.numel() for network in networks for parameter in network.parameters())
-        self.models.denoiser.register_forward_hook(self._count_rows)
-        self.times = stopwatch(self.script, ["generate_samples"], self.models.device)
+        self.parameters = sum(
+            parameter.numel()
+            for name, network in self.models.networks.items()
+            for parameter in without_companions(name, network).parameters()
+        )
+        self.models.diffusion.register_forward_hook(self._count_rows)
+        self.times = stopwatch(self.script, "generate_samples", self.models.device)
 
     def _count_rows(self, module, args, output):
         self.rows += len(output)
@@ -346,37 +377,41 @@ class Sampler:
         return self.times[-1]
 
     def evaluations(self):
-        """Evaluations of the denoiser an image, counted in the samples drawn so far; guidance's two count as two."""
+        """Evaluations of the denoiser an image, counted in the samples drawn so far; guidance's two
+        count as two."""
         return self.rows / self.count
 
     def description(self):
         """Sampler, steps, fresh noise and guidance in words."""
         config = self.models.config
-        name = getattr(config, "sampler", None) or SOLE_SAMPLERS.get(self.script.VERSION, "?")
-        steps = "" if name == "ancestral" else f", {config.sampling_steps} steps"  # it takes all there are
+        name = sampler_name(config)
+        steps = (
+            "" if name == "ancestral" else f", {config.sampling_steps} steps"
+        )  # it takes all there are
         eta = f", eta {config.eta:g}" if name == "ddim" and hasattr(config, "eta") else ""
-        guidance = f", guidance {config.guidance_scale:g}" if hasattr(config, "guidance_scale") else ""
+        guidance = (
+            f", guidance {config.guidance_scale:g}" if hasattr(config, "guidance_scale") else ""
+        )
         return name + steps + eta + guidance
 
 
 def measure_figures(path, flags, folder, repeats, device):
-    """Seconds for the ten GIFs and ten path figures of a version, the sampling of their trajectories included: a list.
+    """Seconds for the ten GIFs and ten path figures of a version, with the sampling of their
+    trajectories and the encoding of the validation images that they lie among: a list.
 
     ``folder`` is an output folder with a checkpoint.
     """
-    script, totals = load_script(path), []
-    times = stopwatch(script, ["draw_trajectories", "save_trajectories"], device)
+    script = load_script(path)
+    times = stopwatch(script, "save_trajectories", device)
     for _ in range(1 + repeats):
-        times.clear()
         with calls_of(script):
             script.main([*flags, "--output-dir", str(folder), "--sample-only"])
-        totals.append(sum(times))
-    return totals[1:]
+    return times[1:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Peers
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Feed:
@@ -400,7 +435,8 @@ def installed(name):
 
 
 def precision(device):
-    """The mixed precision that accelerate is asked for: bf16 where the hardware multiplies it, as in the scripts."""
+    """The mixed precision that accelerate is asked for: bf16 where the hardware multiplies it, as
+    in the scripts."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -429,9 +465,10 @@ class SmallDiffusion:
         parameters: wanted number of parameters; None is the example's own model.
         device: where to train and sample.
 
-    ``step(images)`` takes a step of training on float images (B, 1, 28, 28) in [-1, 1]; ``sample(count)`` draws from
-    the averaged weights. The other peers have the same methods, those that time_to_quality.py trains also ``weights``
-    and ``load``, which get and set the averaged weights.
+    ``step(images)`` takes a step of training on float images (B, 1, 28, 28) in [-1, 1];
+    ``sample(count)`` draws from the averaged weights. The other peers have the same methods, those
+    that time_to_quality.py trains also ``weights`` and ``load``, which get and set the averaged
+    weights.
     """
 
     sampler = "its own, 20 steps, gam 1.6"
@@ -443,7 +480,9 @@ class SmallDiffusion:
         from accelerate import Accelerator
 
         def build(size):
-            return smalldiffusion.DiT(28, 1, patch_size=2, depth=size, head_dim=32, num_heads=size, mlp_ratio=4.0)
+            return smalldiffusion.DiT(
+                28, 1, patch_size=2, depth=size, head_dim=32, num_heads=size, mlp_ratio=4.0
+            )
 
         self.library, self.feed = smalldiffusion, Feed()
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision(device))
@@ -471,17 +510,24 @@ class SmallDiffusion:
         with torch.inference_mode(), self.accelerator.autocast():
             noise = self.ema.module.rand_input(count).to(device) * sigmas[0]
             states = self.library.samples(
-                self.ema.module, sigmas, gam=1.6, xt=noise, batchsize=count, accelerator=self.accelerator
+                self.ema.module,
+                sigmas,
+                gam=1.6,
+                xt=noise,
+                batchsize=count,
+                accelerator=self.accelerator,
             )
             *_, images = states
         return to_uint8((images + 1) / 2)
 
 
 class DenoisingDiffusion:
-    """denoising-diffusion-pytorch's Unet, GaussianDiffusion and Trainer, with DDIM; see ``SmallDiffusion``.
+    """denoising-diffusion-pytorch's Unet, GaussianDiffusion and Trainer, with DDIM; see
+    ``SmallDiffusion``.
 
-    The process and objective are the library's defaults (sigmoid schedule, v), and so is all of the Trainer but what
-    is fed to it and the learning rate: its 1e-4 is for hundreds of thousands of steps, 1e-3 for thousands.
+    The process and objective are the library's defaults (sigmoid schedule, v), and so is all of the
+    Trainer but what is fed to it and the learning rate: its 1e-4 is for hundreds of thousands of
+    steps, 1e-3 for thousands.
     """
 
     sampler = "DDIM, 20 steps"
@@ -533,7 +579,8 @@ class DenoisingDiffusion:
 
 
 class Diffusers:
-    """diffusers' UNet2DModel, trained as in its examples/unconditional_image_generation; see ``SmallDiffusion``."""
+    """diffusers' UNet2DModel, trained as in its examples/unconditional_image_generation; see
+    ``SmallDiffusion``."""
 
     sampler = "DDIM, 20 steps"
     evaluations = 20
@@ -559,9 +606,15 @@ class Diffusers:
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision(device))
         self.model = nearest_model(build, range(8, 97, 8), parameters)
         self.noise = DDPMScheduler(num_train_timesteps=1000)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
-        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
-        self.prepared, self.optimizer, self.schedule = self.accelerator.prepare(self.model, optimizer, schedule)
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6
+        )
+        schedule = get_scheduler(
+            "cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000
+        )
+        self.prepared, self.optimizer, self.schedule = self.accelerator.prepare(
+            self.model, optimizer, schedule
+        )
         self.ema = EMAModel(self.model.parameters(), decay=0.9999, use_ema_warmup=True)
         self.pipeline = DDIMPipeline(self.model, DDIMScheduler.from_config(self.noise.config))
         self.pipeline.set_progress_bar_config(disable=True)
@@ -581,7 +634,9 @@ class Diffusers:
 
     def sample(self, count):
         with quiet(), torch.inference_mode(), self.accelerator.autocast():
-            images = self.pipeline(batch_size=count, num_inference_steps=20, output_type="np").images
+            images = self.pipeline(
+                batch_size=count, num_inference_steps=20, output_type="np"
+            ).images
         return to_uint8(torch.from_numpy(images).movedim(-1, 1))
 
 
@@ -593,7 +648,8 @@ PEERS = {
 
 
 def build_peers(parameters, device):
-    """The peers that are installed, at the number of parameters nearest to ``parameters``: {name: peer}."""
+    """The peers that are installed, at the number of parameters nearest to ``parameters``: {name:
+    peer}."""
     return {name: peer(parameters, device) for name, peer in PEERS.items() if installed(name)}
 
 
@@ -603,9 +659,9 @@ def sample_in_chunks(peer, count, chunk=250):
     return torch.cat([peer.sample(size) for size in sizes])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The report
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def milliseconds(seconds):
@@ -619,10 +675,13 @@ def ratio(seconds, reference):
 
 
 def measure_sampling(contestants, images, repeats):
-    """Seconds for 1,000 images of each of {name: function of a count that returns its seconds}: {name: list}."""
+    """Seconds for 1,000 images of each of {name: function of a count that returns its seconds}:
+    {name: list}."""
     for contestant in contestants.values():
         contestant(min(50, images))  # the warm-up
-    times = interleave({name: partial(each, images) for name, each in contestants.items()}, repeats, 0)
+    times = interleave(
+        {name: partial(each, images) for name, each in contestants.items()}, repeats, 0
+    )
     return {name: [1000 / images * seconds for seconds in each] for name, each in times.items()}
 
 
@@ -639,10 +698,13 @@ def report_training(stages):
 def report_input(batch_size, times):
     """Print what ``measure_input`` returned."""
     resident = times["resident"]
-    against = [f"{ratio(resident, other)} with {name} ({milliseconds(other)})" for name, other in times.items()][1:]
+    against = [
+        f"{ratio(resident, other)} with {name} ({milliseconds(other)})"
+        for name, other in times.items()
+    ][1:]
     print(
-        f"  input pipeline, batch {batch_size}: {milliseconds(resident)}; against a DataLoader with ToTensor "
-        + ", ".join(against)
+        f"  input pipeline, batch {batch_size}: {milliseconds(resident)}; "
+        f"against a DataLoader with ToTensor {', '.join(against)}"
     )
 
 
@@ -651,14 +713,17 @@ def report_peer(name, peer, stage, times, version):
     step, own = stage.seconds[name], stage.seconds["step"]
     print(
         f"  {name} {installed(name)}, {parameter_count(peer.model) / 1e6:.2f} M parameters, "
-        f"{precision(stage.arrays[0].device)}: step of {stage.batch_size} images {milliseconds(step)}, "
-        f"{ratio(step, own)} the {stage.name} step; 1,000 images {statistics.median(times[name]):.3g} s, "
-        f"{ratio(times[name], times[version])} the version's ({peer.sampler}: {peer.evaluations} evaluations an image)"
+        f"{precision(stage.arrays[0].device)}: step of {stage.batch_size} images "
+        f"{milliseconds(step)}, {ratio(step, own)} the {stage.name} step; "
+        f"1,000 images {statistics.median(times[name]):.3g} s, "
+        f"{ratio(times[name], times[version])} the version's "
+        f"({peer.sampler}: {peer.evaluations} evaluations an image)"
     )
 
 
 def report_version(version, path, args):
-    """Measure a version, and the peers beside it where they are asked for, and print the figures."""
+    """Measure a version, and the peers beside it where they are asked for, and print the
+    figures."""
     flags = script_flags(args)
     with tempfile.TemporaryDirectory() as folder:
         make_untrained(path, flags, folder)
@@ -674,10 +739,14 @@ def report_version(version, path, args):
         stages = measure_training(path, flags, args.repeats, peers_steps)
         report_training(stages)
         to_float = sampler.script.to_float
-        report_input(stages[0].batch_size, measure_input(stages[0], to_float, args.data_dir, args.repeats))
+        report_input(
+            stages[0].batch_size, measure_input(stages[0], to_float, args.data_dir, args.repeats)
+        )
         contestants = {version: sampler.seconds}
         for name, peer in peers.items():
-            contestants[name] = lambda count, peer=peer: seconds_of(lambda: sample_in_chunks(peer, count), device)
+            contestants[name] = lambda count, peer=peer: seconds_of(
+                lambda: sample_in_chunks(peer, count), device
+            )
         times = measure_sampling(contestants, args.images, args.sampling_repeats)
         print(
             f"  1,000 images: {statistics.median(times[version]):.3g} s ({sampler.description()}: "
@@ -691,16 +760,34 @@ def report_version(version, path, args):
 
 def main(argv=None):
     """Command line. Exits 2 with one line on bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="*", metavar="VERSION", help="such as LatentDiffusionModel/v3 (default: all)")
-    parser.add_argument("--peers", action="store_true", help=f"also measure what is installed of {', '.join(PEERS)}")
-    parser.add_argument("--repeats", type=int, default=20, help="measured steps and blocks (default: 20)")
-    parser.add_argument(
-        "--sampling-repeats", type=int, default=3, help="measured rounds of sampling and figures (default: 3)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=1000, help="images a round of sampling (default: 1000)")
+    parser.add_argument(
+        "versions",
+        nargs="*",
+        metavar="VERSION",
+        help="such as LatentDiffusionModel/v3 (default: all)",
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help=f"also measure what is installed of {', '.join(PEERS)}"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="measured steps and blocks (default: 20)"
+    )
+    parser.add_argument(
+        "--sampling-repeats",
+        type=int,
+        default=3,
+        help="measured rounds of sampling and figures (default: 3)",
+    )
+    parser.add_argument(
+        "--images", type=int, default=1000, help="images a round of sampling (default: 1000)"
+    )
     parser.add_argument("--device", default="auto", help="as the scripts' flag (default: auto)")
-    parser.add_argument("--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root")
+    parser.add_argument(
+        "--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root"
+    )
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
@@ -709,8 +796,14 @@ def main(argv=None):
         pick_device(versions, args.device)
         missing = [name for name in PEERS if not installed(name)] if args.peers else []
         if missing:
-            print(f"not installed: {', '.join(missing)} (requirements.txt beside this file)", file=sys.stderr)
-        print(f"torch {torch.__version__}, medians of {args.repeats} steps, {args.sampling_repeats} rounds of sampling")
+            print(
+                f"not installed: {', '.join(missing)} (requirements.txt beside this file)",
+                file=sys.stderr,
+            )
+        print(
+            f"torch {torch.__version__}, medians of {args.repeats} steps, "
+            f"{args.sampling_repeats} rounds of sampling"
+        )
         for version, path in versions.items():
             report_version(version, path, args)
     except (ValueError, RuntimeError) as error:

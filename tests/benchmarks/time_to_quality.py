@@ -165,9 +165,9 @@ def run_version(version, path, args, folder):
     """Plan, train and sample a version: a list of ``Point``, the samples not yet scored."""
     flags = speed.script_flags(args)
     script = speed.load_script(path)
-    images = script.Config().train_images
+    images = script.Settings().train_images
     stages = speed.measure_training(path, flags, PILOT_STEPS)
-    epochs, share = plan_training(stages, speed.epoch_fields(script.Config), 60 * args.minutes)
+    epochs, share = plan_training(stages, speed.epoch_fields(script.Settings), 60 * args.minutes)
     plan = [*speed.epoch_flags(epochs), "--train-images", str(round(share * images))]
     print(f"{version}: planned {' '.join(plan)}", flush=True)
     *earlier, last = epochs.values()

@@ -1,0 +1,232 @@
+"""The harness serves an experiment that is no more than its opening comment asks for, exactly.
+
+The experiment is tests/tiny_experiment.py: one stage, one linear layer, a stochastic sampler.
+"""
+
+import math
+
+import pytest
+import torch
+
+from conftest import load_script, run_script
+from script_runs import (
+    Experiment,
+    differences,
+    files_below,
+    flags,
+    interrupt_at_step,
+    read,
+    refusal,
+    run,
+    steps,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny_script):
+    return Experiment(tiny_script)
+
+
+def test_another_experiment_is_what_stands_above_the_line(
+    experiment, undisturbed, tiny_data_dir, tmp_path
+):
+    """From data to figures, as a user runs it; the network learns its linear task."""
+    asked = ["--quick", f"--data-dir={tiny_data_dir}", "--device=cpu", "--export-samples=20"]
+    done = run_script(experiment.path, *asked, f"--output-dir={tmp_path}")
+    assert (done.returncode, done.stderr) == (0, "")
+    figures = {name for name in experiment.figures(3) if not name.startswith("guidance/")}
+    written = {"checkpoints/last.pt", "checkpoints/previous.pt", "metrics.csv", "samples.npz"}
+    assert files_below(tmp_path) == figures | written | {".lock"}
+    losses = [row["validation_loss"] for row in read(tmp_path)["history"]]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("at", [[1, 2, 3], [4, 8], [9]], ids=str)
+def test_it_resumes_to_the_same_bits(module, undisturbed, tiny_data_dir, tmp_path, at):
+    done, arguments = 0, flags(module, tmp_path, tiny_data_dir)
+    for step in at:
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at_step(patch, module, step - done)
+            assert run(module, arguments) == 130
+        assert steps(tmp_path) == {"diffusion": step}
+        done = step
+    assert run(module, arguments) == 0
+    assert differences(read(undisturbed), read(tmp_path)) == []
+
+
+# Training
+
+
+@pytest.fixture
+def watched(module, monkeypatch):
+    """The losses of all training steps, the learning rates and the batches behind them."""
+    real, seen = module.train_step, []
+
+    def train_step(stage, batch, rng):
+        result = real(stage, batch, rng)
+        [group] = stage.optimizer.param_groups
+        seen.append((result[0].item(), group["lr"], batch))
+        return result
+
+    monkeypatch.setattr(module, "train_step", train_step)
+    return seen
+
+
+LONG = {"train_images": 587, "batch_size": 2, "epochs": 1}  # 293 steps
+
+
+def test_losses_of_an_epoch_are_all_counted(module, watched, tiny_data_dir, tmp_path):
+    assert run(module, flags(module, tmp_path, tiny_data_dir, **LONG)) == 0
+    [row] = read(tmp_path)["history"]
+    assert len(watched) == row["step"] == 293
+    assert math.isclose(row["train_loss"], sum(loss for loss, _, _ in watched) / 293)
+
+
+@pytest.mark.parametrize(("epochs", "bad", "seen"), [(1, 150, 200), (2, 300, 393)])
+def test_loss_that_is_not_finite_stops_the_run(
+    module, monkeypatch, tiny_data_dir, tmp_path, epochs, bad, seen
+):
+    """It is looked for every hundred steps, so that none waits for the device; nothing is saved
+    after it. Steps count from 0."""
+    real, calls = module.train_step, []
+
+    def poisoned_step(*args):
+        calls.append(args)
+        return real(*args) * (math.nan if len(calls) > bad else 1)
+
+    monkeypatch.setattr(module, "train_step", poisoned_step)
+    arguments = flags(module, tmp_path, tiny_data_dir, **LONG | {"epochs": epochs})
+    line = refusal(module, arguments, status=1)
+    assert len(calls) == seen
+    last = tmp_path / "checkpoints" / "last.pt"
+    assert f"diffusion is not finite at step {bad};" in line
+    assert ("none is saved yet" if epochs == 1 else str(last)) in line
+    assert last.exists() == (epochs == 2)
+    assert epochs == 1 or steps(tmp_path) == {"diffusion": 293}
+
+
+def test_learning_rate_is_a_function_of_the_step(module, watched, tiny_data_dir, tmp_path):
+    assert run(module, flags(module, tmp_path, tiny_data_dir, **LONG, learning_rate=0.5)) == 0
+    rates = [rate for _, rate, _ in watched]
+    assert rates[:100] == pytest.approx([0.5 * (step + 1) / 100 for step in range(100)])
+    assert rates[100:175] == [0.5] * 75
+    falls = [a - b for a, b in zip(rates[176:], rates[177:])]
+    assert falls == pytest.approx([falls[0]] * len(falls)) and falls[0] > 0
+    assert 0 < rates[-1] < 0.01 * 0.5
+
+
+def test_an_epoch_takes_each_image_once_in_an_order_of_its_own(
+    module, watched, tiny_data_dir, tmp_path
+):
+    batches = {"train_images": 48, "batch_size": 16, "epochs": 2}
+    assert run(module, flags(module, tmp_path, tiny_data_dir, **batches)) == 0
+    config = module.Settings(data_dir=str(tiny_data_dir), train_images=48)
+    data = module.load_fashion_mnist(config, CPU)
+    orders = []
+    for epoch in (watched[:3], watched[3:]):
+        images, labels = (torch.cat([batch[i] for _, _, batch in epoch]) for i in (0, 1))
+        same = (images[:, None] == data.train_images[None]).flatten(2).all(dim=2)
+        order = same.int().argmax(dim=1)
+        assert order.sort().values.tolist() == list(range(48))
+        assert torch.equal(labels, data.train_labels[order])
+        orders.append(order.tolist())
+    assert orders[0] != orders[1]
+
+
+def test_average_follows_the_network(module, monkeypatch, tiny_data_dir, tmp_path):
+    real, weights = module.train_step, []
+
+    def train_step(stage, batch, rng):
+        result = real(stage, batch, rng)
+        weights.append(stage.network.decode.bias.detach().clone())
+        return result
+
+    monkeypatch.setattr(module, "train_step", train_step)
+    assert run(module, flags(module, tmp_path, tiny_data_dir)) == 0
+    average = weights[0]
+    for each in weights[1:]:
+        average = 0.9 * average + 0.1 * each
+    saved = module.load_trained(tmp_path, device="cpu").diffusion.decode.bias
+    torch.testing.assert_close(saved, average)
+
+
+def test_validation_loss_is_that_of_the_whole_set_with_the_same_noise(module):
+    network = module.initial_networks(module.Settings(rank=16), CPU)["diffusion"]
+    arrays = torch.randint(0, 256, (1100, 1, 28, 28), dtype=torch.uint8), torch.arange(1100) % 10
+    losses = [module.validation_loss(module.loss, network, arrays) for _ in range(2)]
+    assert losses[0] == losses[1]
+
+    def brightness(network, images, labels, rng):
+        return images.mean() + rng.rand(len(images)).mean() * 0
+
+    expected = (arrays[0].double() / 127.5 - 1).mean().item()
+    assert module.validation_loss(brightness, network, arrays) == pytest.approx(expected, abs=1e-6)
+
+
+# Sampling
+
+
+def test_noise_of_a_sample_is_its_own(module):
+    """The first and the fresh: whichever samples are drawn beside it."""
+    network = module.initial_networks(module.Settings(rank=16), CPU)
+    models = module.Models(network, module.Settings(rank=16), [])
+    draws = [module.noise_of_samples(models, numbers) for numbers in (range(5), range(3, 4))]
+    many, one = ([draw() for _ in range(45)] for draw in draws)
+    for a, b in zip(many, one):
+        assert torch.equal(a[3:4], b)
+    noise = torch.stack(many).flatten(2)  # (45, 5, 784)
+    assert len(noise.flatten(0, 1).unique(dim=0)) == 45 * 5
+    assert abs(noise.std() - 1) < 0.01 and abs(noise.mean()) < 0.01
+    other = module.noise_of_samples(models.with_settings(sampling_seed=1), range(3, 4))()
+    assert not torch.equal(other, one[0])
+
+
+def test_fresh_noise_reaches_the_sampler_and_trajectories_do_without(module, undisturbed):
+    models = module.load_trained(undisturbed, device="cpu")
+    labels = module.labels_in_turn(4, CPU)
+    fresh, first = (
+        module.generate_samples(models.with_settings(noise=name), labels)
+        for name in ("fresh", "first")
+    )
+    assert (fresh != first).flatten(1).any(dim=1).all()
+    assert torch.equal(fresh, module.generate_samples(models, labels))
+    noise, classes = module.noise_of_samples(models, range(4))(), module.class_weights(labels)
+    states, _ = module.trajectory(models, noise, classes)
+    assert torch.equal(module.decode_images(models, states[-1]), first)
+
+
+def test_loading_trained_networks_makes_no_optimizer(experiment, undisturbed, monkeypatch):
+    module = load_script(experiment.path)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kwargs: pytest.fail("an optimizer"))
+    models = module.load_trained(undisturbed, device="cpu", sampling_seed=3)
+    assert models.config.sampling_seed == 3
+    assert not models.diffusion.training
+    with pytest.raises(module.ExperimentError, match="rank is 16 there"):
+        module.load_trained(undisturbed, device="cpu", rank=8)
+
+
+# Settings
+
+
+def test_settings_out_of_their_limits_are_refused_by_name(module):
+    for wrong in ({"epochs": 0}, {"rank": 12}, {"noise": "none"}, {"ema_decay": math.nan}):
+        [name] = wrong
+        with pytest.raises(module.ExperimentError, match=f"--{name.replace('_', '-')}: "):
+            module.Settings(**wrong)
+
+
+def test_a_setting_is_the_flag_or_the_checkpoints_or_the_default(module):
+    defaults = module.default_settings(CPU)
+    stored = {name: defaults[name] for name in module.stored_settings("match", "keep")}
+    checkpoint = {"config": stored | {"epochs": 7, "rank": 24, "noise": "first"}}
+    settled = module.settle(defaults, {"noise": "fresh", "rank": 24}, checkpoint)
+    assert (settled.epochs, settled.rank, settled.noise) == (7, 24, "fresh")
+    assert module.settle(defaults, {}, None) == module.Settings(**defaults)
+    local = {"output_dir", "data_dir", "device", "compile", "sampling_seed"}
+    assert module.stored_settings("local") == local == defaults.keys() - stored.keys()
+    with pytest.raises(module.ExperimentError) as raised:
+        module.settle(defaults, {"rank": 8, "seed": 5, "epochs": 9}, checkpoint)
+    assert "rank is 24 there and 8 here" in str(raised.value)
+    assert "seed is 0 there and 5 here" in str(raised.value) and "epochs" not in str(raised.value)
