@@ -221,15 +221,16 @@ def test_the_home_folder_is_meant_in_every_path(module, undisturbed, monkeypatch
     assert not (tmp_path / "~").exists()
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "index.html", "loss_curves.png"])
-def test_what_can_be_made_again_ends_no_run(experiment, tiny_data_dir, tmp_path, name):
+def test_what_can_be_made_again_ends_no_run(experiment, tiny_data_dir, tmp_path):
     script, output = load_script(experiment.path), tmp_path / "output"
-    (output / name).mkdir(parents=True)  # nothing can take its place
-    (output / name / "file").write_text("")
+    names = "metrics.csv", "index.html", "loss_curves.png"
+    for name in names:  # nothing can take their place
+        (output / name / "folder").mkdir(parents=True)
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         assert run(script, flags(script, output, tiny_data_dir)) == 0
-    assert f"warning: cannot write {output / name}" in out.getvalue()
+    for name in names:
+        assert f"warning: cannot write {output / name}" in out.getvalue()
     assert steps(output)["diffusion"] == 9
     assert (output / "samples" / "samples_epoch_3.png").exists()
 
