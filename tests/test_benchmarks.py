@@ -222,8 +222,10 @@ def test_rows_and_json(tiny, capsys, tmp_path):
     assert noise["coverage"] == 0 and noise["accuracy"] is None
     assert blurred["detail"] < 0.5 < floor["detail"] < 1.5 < noise["detail"]
     for row in rows:
-        summed = [row[f"{eyes}percent_of_blur"] for eyes in ("", "swd_", "fd_random_")]
-        assert row["worst_percent_of_blur"] == max(summed)
+        frechet = [row[key] / blurred[key] for key in ("fmd", "fd_random")]
+        roots = np.sqrt(np.maximum(frechet, 0))
+        worst = max(*roots, row["swd"] / blurred["swd"])
+        assert row["worst_percent_of_blur"] == pytest.approx(100 * worst)
 
     # The test images against themselves: no distance, all within their own balls.
     assert itself["n"] == 300
@@ -239,6 +241,16 @@ def test_rows_and_json(tiny, capsys, tmp_path):
 
     assert copies["copying"] == 1 and copies["nn_distance_ratio"] == pytest.approx(0, abs=1e-2)
     assert copies["accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    ("fmd", "swd", "fd_random", "worst"),
+    [(4, 10, 0, 20), (4, 30, 9, 30), (0, 0, 25, 50), (-1e-9, 5, -1e-9, 5), (100, 100, 100, 100)],
+)
+def test_the_summary_is_what_the_worst_eye_sees(fmd, swd, fd_random, worst):
+    row = {"percent_of_blur": fmd, "swd_percent_of_blur": swd}
+    row["fd_random_percent_of_blur"] = fd_random
+    assert quality.worst_percent_of_blur(row) == pytest.approx(worst)
 
 
 def test_no_score_depends_on_the_order_of_the_file(tiny):
