@@ -1,4 +1,4 @@
-"""The tools beside quality.py: what they time, count, plan and write, with fakes for peers and for minutes."""
+"""The tools beside quality.py: what they time, count, plan and write, with fakes for minutes."""
 
 import argparse
 import csv
@@ -17,6 +17,7 @@ from torch import nn
 
 import feature_extractor as fe
 import leaderboard
+import peers
 import quality
 import speed
 import time_to_quality
@@ -40,20 +41,26 @@ def untrained_v3(quick_flags, tmp_path_factory):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # speed.py
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @every_script
 def test_every_version_can_be_measured(experiment, quick_flags, tmp_path):
     path, turns = experiment.path, []
     stages = speed.measure_training(
-        path, quick_flags, 2, lambda stage, images: {"peer": lambda: turns.append((stage.name, images))}
+        path,
+        quick_flags,
+        2,
+        lambda stage, images: {"peer": lambda: turns.append((stage.name, images))},
     )
     assert len(stages) == len(speed.epoch_fields(speed.load_script(path).Config))
     assert all(len(stage.seconds["step"]) == len(stage.seconds["bare"]) == 2 for stage in stages)
-    assert all(stage.epochs and stage.steps_per_epoch == len(stage.arrays[0]) // stage.batch_size for stage in stages)
+    assert all(
+        stage.epochs and stage.steps_per_epoch == len(stage.arrays[0]) // stage.batch_size
+        for stage in stages
+    )
     assert ["peer" in stage.seconds for stage in stages] == [False] * (len(stages) - 1) + [True]
     assert len(turns) == speed.WARM_UP + 2 and {name for name, _ in turns} == {stages[-1].name}
     assert turns[0][1].shape[1:] == (1, 28, 28) and turns[0][1].dtype == torch.uint8
@@ -74,9 +81,13 @@ def test_the_step_holds_the_work_of_the_loop_and_the_bare_step_does_not(quick_fl
 
     script.seed_generators = slow
     monkeypatch.setattr(speed, "load_script", lambda path: script)
-    stages = speed.measure_training(SCRIPT_V3, quick_flags, 2, lambda *_: {"peer": lambda: time.sleep(0.3)})
+    stages = speed.measure_training(
+        SCRIPT_V3, quick_flags, 2, lambda *_: {"peer": lambda: time.sleep(0.3)}
+    )
     assert all(min(stage.seconds["step"]) >= 0.2 > min(stage.seconds["bare"]) for stage in stages)
-    assert min(stages[-1].seconds["step"]) < 0.2 + 0.3 <= 0.2 + min(stages[-1].seconds["peer"])  # nor that of the peers
+    assert (
+        min(stages[-1].seconds["step"]) < 0.2 + 0.3 <= 0.2 + min(stages[-1].seconds["peer"])
+    )  # nor that of the peers
 
 
 def test_the_bare_step_trains_a_copy():
@@ -89,7 +100,9 @@ def test_the_bare_step_trains_a_copy():
         losses.append(model(x).square().mean())
         return losses[-1]
 
-    stage = SimpleNamespace(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=loss_fn)
+    stage = SimpleNamespace(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=loss_fn
+    )
     step = speed.bare_step(script, stage)
     for _ in range(3):
         step([torch.ones(4, 3)])
@@ -99,7 +112,9 @@ def test_the_bare_step_trains_a_copy():
 
 def test_too_short_a_stage_is_refused(quick_flags):
     with pytest.raises(ValueError, match="too few steps to time 10000"):
-        speed.measure_training(SCRIPT_V3, [*quick_flags, "--train-images", "64", "--autoencoder-epochs", "1"], 10_000)
+        speed.measure_training(
+            SCRIPT_V3, [*quick_flags, "--train-images", "64", "--autoencoder-epochs", "1"], 10_000
+        )
 
 
 def test_contestants_take_turns_and_the_warm_up_does_not_count():
@@ -131,9 +146,17 @@ def test_the_input_pipelines_give_the_same_batches(tiny_data_dir):
     wanted = sorted(zip(labels.tolist(), images.sum(dim=(1, 2)).tolist()))
     for source in (resident, loader):
         batches = [next(source) for _ in range(10)]  # an epoch of 640
-        assert all(batch.shape == (64, 1, 28, 28) and batch.dtype == torch.float32 for batch, _ in batches)
-        sums = torch.cat([((batch + 1) * 127.5).sum(dim=(1, 2, 3)) for batch, _ in batches]).round().int()
-        assert sorted(zip(torch.cat([some for _, some in batches]).tolist(), sums.tolist())) == wanted
+        assert all(
+            batch.shape == (64, 1, 28, 28) and batch.dtype == torch.float32 for batch, _ in batches
+        )
+        sums = (
+            torch.cat([((batch + 1) * 127.5).sum(dim=(1, 2, 3)) for batch, _ in batches])
+            .round()
+            .int()
+        )
+        assert (
+            sorted(zip(torch.cat([some for _, some in batches]).tolist(), sums.tolist())) == wanted
+        )
 
 
 def test_the_input_is_measured_with_and_without_workers(tiny_data_dir, monkeypatch):
@@ -151,10 +174,16 @@ def test_evaluations_are_counted_with_guidance_as_two(untrained_v3):
     for changes, expected, words in (
         ({}, 24, "heun, 6 steps, guidance 1.75"),
         ({"guidance_scale": 1.0}, 12, "heun, 6 steps, guidance 1"),
-        ({"guidance_scale": 1.0, "sampler": "euler", "sampling_steps": 5}, 5, "euler, 5 steps, guidance 1"),
+        (
+            {"guidance_scale": 1.0, "sampler": "euler", "sampling_steps": 5},
+            5,
+            "euler, 5 steps, guidance 1",
+        ),
     ):
         sampler.rows = sampler.count = 0
-        sampler.models = sampler.models._replace(config=dataclasses.replace(sampler.models.config, **changes))
+        sampler.models = sampler.models._replace(
+            config=dataclasses.replace(sampler.models.config, **changes)
+        )
         sampler.seconds(7)
         sampler.seconds(3)
         assert (sampler.evaluations(), sampler.description()) == (expected, words)
@@ -168,12 +197,16 @@ def test_a_sampler_that_is_not_known_is_not_guessed(untrained_v3, monkeypatch):
     assert sampler.description() == "ddim, 9 steps"
     sampler.models = sampler.models._replace(config=SimpleNamespace(sampling_steps=9, eta=0.5))
     assert sampler.description() == "ddim, 9 steps, eta 0.5"
-    sampler.models = sampler.models._replace(config=SimpleNamespace(sampler="ancestral", sampling_steps=50, eta=0.5))
+    sampler.models = sampler.models._replace(
+        config=SimpleNamespace(sampler="ancestral", sampling_steps=50, eta=0.5)
+    )
     assert sampler.description() == "ancestral"
 
 
 def test_figures_are_the_trajectories_and_what_is_drawn_of_them(monkeypatch):
-    script = SimpleNamespace(draw_trajectories=lambda: time.sleep(0.02), save_trajectories=lambda: time.sleep(0.03))
+    script = SimpleNamespace(
+        draw_trajectories=lambda: time.sleep(0.02), save_trajectories=lambda: time.sleep(0.03)
+    )
 
     def main(argv):
         assert argv[-1] == "--sample-only"
@@ -189,7 +222,7 @@ def test_figures_are_the_trajectories_and_what_is_drawn_of_them(monkeypatch):
 
 @dataclasses.dataclass
 class FakePeer:
-    """A peer that counts its steps, and whose samples are all of the grey level that it has counted to."""
+    """A peer that counts its steps; its samples are all of the grey level it has counted to."""
 
     parameters: int = 5
     device: torch.device = CPU
@@ -199,7 +232,7 @@ class FakePeer:
     def __post_init__(self):
         self.model, self.steps = nn.Linear(self.parameters - 1, 1), 0
 
-    def step(self, images):
+    def step(self, images, labels=None):
         self.steps += 1
 
     def weights(self):
@@ -220,15 +253,18 @@ def test_only_installed_peers_are_built(monkeypatch):
 
 def test_the_nearest_size_is_chosen():
     sizes = [2, 4, 8, 16]
-    chosen = [speed.nearest_model(lambda n: nn.Linear(n, 1), sizes, wanted).in_features for wanted in (1, 6, 9, 99)]
+    chosen = [
+        speed.nearest_model(lambda n: nn.Linear(n, 1), sizes, wanted).in_features
+        for wanted in (1, 6, 9, 99)
+    ]
     assert chosen == [2, 4, 8, 16]
 
 
 def test_samples_come_in_chunks():
     samples = speed.sample_in_chunks(FakePeer(), 25, chunk=10)
     assert samples.shape == (25, 28, 28) and samples.dtype == torch.uint8
-    assert torch.equal(speed.to_uint8(torch.tensor([-1, 0, 0.5, 1, 9]).view(5, 1, 1, 1)).flatten().int(),
-                       torch.tensor([0, 0, 128, 255, 255]).int())  # fmt: skip
+    converted = speed.to_uint8(torch.tensor([-1, 0, 0.5, 1, 9]).view(5, 1, 1, 1))
+    assert converted.flatten().tolist() == [0, 0, 128, 255, 255]
 
 
 @pytest.mark.parametrize("name", speed.PEERS)
@@ -240,25 +276,40 @@ def test_a_peer_trains_and_samples(name):
     for _ in range(3):
         peer.step(torch.rand(16, 1, 28, 28) * 2 - 1)
     assert any(not torch.equal(old, new) for old, new in zip(before, peer.model.parameters()))
-    if name in time_to_quality.PEERS:
-        peer.load(peer.weights())
     samples = peer.sample(3)
-    assert samples.shape == (3, 28, 28) and samples.dtype == torch.uint8 and samples.float().std() > 0
+    assert (
+        samples.shape == (3, 28, 28) and samples.dtype == torch.uint8 and samples.float().std() > 0
+    )
 
 
 def test_the_report_of_a_version(quick_flags, tiny_data_dir, monkeypatch, capsys):
     monkeypatch.setattr(speed, "script_flags", lambda args: quick_flags)
     monkeypatch.setattr(speed, "PEERS", {"torch": FakePeer})
     monkeypatch.setattr(speed, "measure_figures", lambda *args: [3.0, 1.0, 2.0])
-    speed.main(["LatentDiffusionModel/v3", "--peers", "--repeats", "2", "--sampling-repeats", "1", "--images", "20",
-                "--data-dir", str(tiny_data_dir), "--device", "cpu"])  # fmt: skip
+    counts = ["--repeats", "2", "--sampling-repeats", "1", "--images", "20"]
+    data = ["--data-dir", str(tiny_data_dir), "--device", "cpu"]
+    speed.main(["LatentDiffusionModel/v3", "--peers", *counts, *data])
     out = capsys.readouterr().out
-    assert len(re.findall(r"training step, \w+, batch \d+: [\d.]+ ms, [\d.]+x the bare step \([\d.]+ ms\)", out)) == 2
-    assert re.search(r"input pipeline, .* [\d.]+x with 0 workers \([\d.]+ ms\), [\d.]+x with \d+ workers", out)
-    assert re.search(r"1,000 images: [\d.]+ s \(heun, 6 steps, guidance 1.75: 24 evaluations an image\)", out)
+    assert (
+        len(
+            re.findall(
+                r"training step, \w+, batch \d+: [\d.]+ ms, [\d.]+x the bare step \([\d.]+ ms\)",
+                out,
+            )
+        )
+        == 2
+    )
+    assert re.search(
+        r"input pipeline, .* [\d.]+x with 0 workers \([\d.]+ ms\), [\d.]+x with \d+ workers", out
+    )
+    assert re.search(
+        r"1,000 images: [\d.]+ s \(heun, 6 steps, guidance 1.75: 24 evaluations an image\)", out
+    )
     assert "GIFs and path figures: 2 s" in out
     assert re.search(
-        rf"torch {re.escape(speed.installed('torch'))}, .* the diffusion step; 1,000 images .* the version's", out
+        rf"torch {re.escape(speed.installed('torch'))}, .* the diffusion step; "
+        r"1,000 images .* the version's",
+        out,
     )
 
 
@@ -282,7 +333,11 @@ def test_data_that_cannot_be_had_get_one_line_and_status_2(no_network, tmp_path,
     with pytest.raises(SystemExit) as stop:
         speed.main(["LatentDiffusionModel/v3", "--data-dir", str(tmp_path), "--device", "cpu"])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and len(err.splitlines()) == 1 and err.startswith("error: cannot read Fashion-MNIST")
+    assert (
+        stop.value.code == 2
+        and len(err.splitlines()) == 1
+        and err.startswith("error: cannot read Fashion-MNIST")
+    )
 
 
 def test_a_script_s_warning_is_seen(untrained_v3, tmp_path, capsys):
@@ -291,12 +346,14 @@ def test_a_script_s_warning_is_seen(untrained_v3, tmp_path, capsys):
     speed.Sampler(SCRIPT_V3, tmp_path, "cpu")
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1
-    assert err.startswith("warning: ") and err.endswith(f"going on from {checkpoints / 'previous.pt'}\n")
+    assert err.startswith("warning: ") and err.endswith(
+        f"going on from {checkpoints / 'previous.pt'}\n"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # leaderboard.py
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -313,26 +370,39 @@ class Board:
     def write_samples(self, count=100):
         rng = np.random.default_rng(0)
         for name in leaderboard.SAMPLE_FILES:
-            images = fe.load_split(self.data_dir, train=False)[0].numpy()[rng.permutation(300)[:count], ..., None]
+            images = fe.load_split(self.data_dir, train=False)[0].numpy()[
+                rng.permutation(300)[:count], ..., None
+            ]
             np.savez(self.output / name, images, np.arange(count) % 10)
 
+    def rows(self):
+        """The rows of the JSON by version."""
+        content = (self.root / "tests" / "benchmarks" / "leaderboard.json").read_text()
+        return {row["version"]: row for row in json.loads(content)["versions"]}
+
     def run(self, *arguments):
-        """Run the command line; returns the rows by version, and the README."""
-        leaderboard.main([*arguments, "--data-dir", str(self.data_dir), "--device", "cpu"], self.root)
+        """Run the command line; returns the rows by version, and the two READMEs."""
+        leaderboard.main(
+            [*arguments, "--data-dir", str(self.data_dir), "--device", "cpu"], self.root
+        )
         content = json.loads((self.root / "tests" / "benchmarks" / "leaderboard.json").read_text())
         assert [row["version"] for row in content["versions"]] == list(leaderboard.LADDER)
-        readme = (self.root / "README.md").read_text()
-        assert readme.startswith("before\n<!-- leaderboard:begin -->\n| version |")
-        assert readme.endswith("\n<!-- leaderboard:end -->\nafter\n")
-        return {row["version"]: row for row in content["versions"]}, readme
+        readmes = []
+        for path in (self.root / "README.md", self.root / "tests" / "benchmarks" / "README.md"):
+            readmes.append(path.read_text())
+            assert readmes[-1].startswith("before\n<!-- leaderboard:begin -->\n| version |")
+            assert readmes[-1].endswith("\n<!-- leaderboard:end -->\nafter\n")
+        return {row["version"]: row for row in content["versions"]}, *readmes
 
 
 @pytest.fixture
 def board(tmp_path, untrained_v3, scored_data_dir, monkeypatch):
     monkeypatch.setattr(leaderboard, "SAMPLES", 100)
     monkeypatch.setattr(leaderboard, "TIMED_IMAGES", 20)
-    (tmp_path / "README.md").write_text("before\n<!-- leaderboard:begin -->\n<!-- leaderboard:end -->\nafter\n")
     (tmp_path / "tests" / "benchmarks").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "tests" / "benchmarks"):
+        markers = "before\n<!-- leaderboard:begin -->\n<!-- leaderboard:end -->\nafter\n"
+        (folder / "README.md").write_text(markers)
     board = Board(tmp_path, scored_data_dir)
     shutil.copytree(untrained_v3, board.output)
     shutil.copy(SCRIPT_V3, board.output.parent)
@@ -341,7 +411,7 @@ def board(tmp_path, untrained_v3, scored_data_dir, monkeypatch):
 
 
 def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
-    rows, readme = board.run()
+    rows, readme, all_columns = board.run()
     row = rows["LatentDiffusionModel/v3"]
     with (board.output / "metrics.csv").open() as file:
         history = list(csv.DictReader(file))
@@ -359,22 +429,45 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
         assert row[score] == pytest.approx(np.mean(values))
         assert row[f"{score}_spread"] == pytest.approx(np.std(values, ddof=1), abs=1e-9)
     line = next(line for line in readme.splitlines() if "LatentDiffusionModel/v3" in line)
-    assert f"{row['fmd']:.3f} ± {row['fmd_spread']:.3f}" in line and "| 1 + 1 |" in line
-    assert readme.count("not measured yet") == 5 and "| real training images |" in readme
+    worst = (row["worst_percent_of_blur"], row["worst_percent_of_blur_spread"])
+    eyes = [row[f"{eye}percent_of_blur"] for eye in ("", "swd_", "fd_random_")]
+    cell = f"{worst[0]:.1f}% ± {worst[1]:.1f}% ({eyes[0]:.1f}%, {eyes[1]:.1f}%, {eyes[2]:.1f}%)"
+    assert f"| {cell} |" in line and line.startswith("| [`Lat")
+    assert line.count("|") == 6 + 1
+    sizes, scored = (line for line in all_columns.splitlines() if "LatentDiffusionModel/v3" in line)
+    assert "| 1 + 1 |" in sizes and "(../../LatentDiffusionModel/v3)" in sizes
+    assert f"{row['fmd']:.3f} ± {row['fmd_spread']:.3f}" in scored
+    assert f"{row['swd_percent_of_blur']:.1f}%" in scored and f"{row['detail']:.3f}" in scored
+    assert readme.count("not measured yet") == 5 and all_columns.count("not measured yet") == 10
+    for text in (readme, all_columns):
+        assert text.count("| 100 real training images, balanced (floor) |") == 1
+        assert text.count("| 100 real training images, at random (floor) |") == 1
 
     # What has not changed is not measured again, unless that is asked for.
     with monkeypatch.context() as patch:
         patch.setattr(leaderboard, "measure_sampler", lambda *_: pytest.fail("measured again"))
-        assert board.run() == (rows, readme)
-    again, _ = board.run("LatentDiffusionModel/v3", "--again", "--training-hardware", "an abacus")
+        assert board.run() == (rows, readme, all_columns)
+    again, *_ = board.run("LatentDiffusionModel/v3", "--again", "--training-hardware", "an abacus")
     assert again["LatentDiffusionModel/v3"]["training_hardware"] == "an abacus"
+
+    # A row from before the class-free eyes is measured again.
+    path = board.root / "tests" / "benchmarks" / "leaderboard.json"
+    content = json.loads(path.read_text())
+    for each in content["versions"]:
+        each.pop("swd", None)
+    path.write_text(json.dumps(content))
+    assert "swd" in board.run()[0]["LatentDiffusionModel/v3"]
 
     # Without a result the row stays.
     (board.output / "samples_seed_2.npz").unlink()
     capsys.readouterr()
-    kept, _ = board.run()
-    assert kept == again
-    assert "LatentDiffusionModel/v3 keeps its row" in (err := capsys.readouterr().err) and "samples_seed_2.npz" in err
+    before = board.rows()
+    kept, *_ = board.run()
+    assert kept == before
+    assert (
+        "LatentDiffusionModel/v3 keeps its row" in (err := capsys.readouterr().err)
+        and "samples_seed_2.npz" in err
+    )
 
 
 def spoil_checkpoints(board):
@@ -386,7 +479,10 @@ def spoil_checkpoints(board):
     ("damage", "reason"),
     [
         (lambda board: board.write_samples(120), "holds 120 samples, not 100"),
-        (lambda board: (board.output / "samples.npz").write_text("a shoe"), "not a sound .npz file"),
+        (
+            lambda board: (board.output / "samples.npz").write_text("a shoe"),
+            "not a sound .npz file",
+        ),
         (lambda board: (board.output / "metrics.csv").write_text("stage\n"), "holds no epoch"),
         (lambda board: (board.output / "checkpoints" / "last.pt").unlink(), "lacks last.pt"),
         (spoil_checkpoints, "can be read"),
@@ -394,23 +490,54 @@ def spoil_checkpoints(board):
 )
 def test_what_is_no_result_gets_a_row_that_says_so(board, damage, reason, capsys):
     damage(board)
-    rows, readme = board.run()
-    assert all(row.keys() == {"version"} for row in rows.values()) and readme.count("not measured yet") == 6
+    rows, readme, _ = board.run()
+    assert (
+        all(row.keys() == {"version"} for row in rows.values())
+        and readme.count("not measured yet") == 6
+    )
     err = capsys.readouterr().err
     assert "LatentDiffusionModel/v3 has no result" in err and reason in err
 
 
+def made_up_row():
+    row = {"version": "A/b", "parameters": 1, "epochs": {"diffusion": 3}, "training_seconds": 90}
+    row |= {"sampler": "ddim", "evaluations": 20.0, "seconds_per_1000_images": 4.0}
+    row |= {"training_hardware": "x", "sampling_hardware": "y"}
+    return row | {
+        "fmd": 1,
+        "percent_of_blur": 2,
+        "coverage": 0.3,
+        "copying": 0.04,
+        "accuracy": None,
+    }
+
+
 def test_unconditional_versions_have_no_accuracy():
-    row = {"version": "A/b", "parameters": 1, "epochs": {"diffusion": 3}, "training_seconds": 90, "sampler": "ddim"}
-    row |= {"evaluations": 20.0, "seconds_per_1000_images": 4.0, "training_hardware": "x", "sampling_hardware": "y"}
-    row |= {"fmd": 1, "percent_of_blur": 2, "coverage": 0.3, "copying": 0.04, "accuracy": None}
-    cells = dict(zip(leaderboard.HEAD, leaderboard.format_row(row), strict=True))
-    assert cells["accuracy"] == "-" and cells["copying"] == "4.0%" and cells["training"] == "1.5 min, x"
-    assert cells["s per 1,000 images"] == "4 (y)" and cells["evaluations"] == "20"
+    columns = leaderboard.SIZES | leaderboard.QUALITY
+    cells = dict(zip(columns, leaderboard.format_row(made_up_row(), columns), strict=True))
+    assert cells["accuracy"] == "-" and cells["copying"] == "4.0%"
+    assert cells["training"] == "1.5 min, x"
+    assert cells["seconds"] == "4 (y)" and cells["evaluations"] == "20"
+    assert cells["version"] == "[`A/b`](A/b)" and cells["detail"] == ""  # which was not measured
+
+
+def test_what_an_eye_has_not_seen_is_not_made_up():
+    row = made_up_row()
+    assert leaderboard.format_quality(row) == "? (2.0%, ?, ?)"
+    row |= {"swd_percent_of_blur": 30, "fd_random_percent_of_blur": 4, "worst_percent_of_blur": 30}
+    assert leaderboard.format_quality(row) == "30.0% (2.0%, 30.0%, 4.0%)"
+
+
+def test_a_note_stands_below_the_tables_once():
+    rows = [made_up_row() | {"note": "By two runs."}, made_up_row() | {"note": "By two runs."}]
+    board = {"floors": [], "versions": [*rows, made_up_row()]}
+    for text in (leaderboard.format_leaderboard(board), leaderboard.format_all(board)):
+        assert text.count("By two runs.") == 1
 
 
 @pytest.mark.parametrize(
-    "content", ["", "<!-- a:end -->\n<!-- a:begin -->\n", "<!-- a:begin -->\n" * 2 + "<!-- a:end -->"]
+    "content",
+    ["", "<!-- a:end -->\n<!-- a:begin -->\n", "<!-- a:begin -->\n" * 2 + "<!-- a:end -->"],
 )
 def test_a_file_without_the_markers_is_left_alone(content, tmp_path):
     path = tmp_path / "README.md"
@@ -425,11 +552,14 @@ def test_the_committed_table_is_that_of_the_committed_figures():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     block = readme.split("<!-- leaderboard:begin -->\n")[1].split("\n<!-- leaderboard:end -->")[0]
     assert block == leaderboard.format_leaderboard(board)
+    readme = (REPOSITORY / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    block = readme.split("<!-- leaderboard:begin -->\n")[1].split("\n<!-- leaderboard:end -->")[0]
+    assert block == leaderboard.format_all(board)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # time_to_quality.py
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def stage(name, epochs, step, steps=100):
@@ -437,16 +567,23 @@ def stage(name, epochs, step, steps=100):
 
 
 def planned_seconds(stages, epochs, share):
-    return share * sum(each.median() * each.steps_per_epoch * count for each, count in zip(stages, epochs.values()))
+    return share * sum(
+        each.median() * each.steps_per_epoch * count for each, count in zip(stages, epochs.values())
+    )
 
 
 @pytest.mark.parametrize("budget", [5, 60, 300, 600, 3600])
 def test_a_plan_fits_its_budget(budget):
-    stages, fields = [stage("autoencoder", 2, 0.9), stage("diffusion", 8, 0.6)], ["autoencoder_epochs", "epochs"]
+    stages, fields = (
+        [stage("autoencoder", 2, 0.9), stage("diffusion", 8, 0.6)],
+        ["autoencoder_epochs", "epochs"],
+    )
     epochs, share = time_to_quality.plan_training(stages, fields, budget)
     assert list(epochs) == fields and min(epochs.values()) >= 1 and 0 < share <= 1
     available = (1 - time_to_quality.SLACK) * max(budget - time_to_quality.START_UP, budget / 4)
-    assert planned_seconds(stages, epochs, share) == pytest.approx(available)  # no more, and no less
+    assert planned_seconds(stages, epochs, share) == pytest.approx(
+        available
+    )  # no more, and no less
     assert share > 0.85 or min(epochs.values()) == 1
 
 
@@ -456,12 +593,15 @@ def test_a_plan_keeps_the_published_proportion():
     assert epochs["epochs"] / epochs["autoencoder_epochs"] == pytest.approx(4, rel=0.05)
 
 
-@pytest.mark.parametrize(("count", "most", "expected"), [(3, 8, [0, 1, 2]), (8, 4, [1, 3, 5, 7]), (200, 2, [99, 199])])
+@pytest.mark.parametrize(
+    ("count", "most", "expected"), [(3, 8, [0, 1, 2]), (8, 4, [1, 3, 5, 7]), (200, 2, [99, 199])]
+)
 def test_thinning_keeps_the_last(count, most, expected):
     assert time_to_quality.thin(list(range(count)), most) == expected
 
 
-# Behaves as the scripts do: a row and a checkpoint an epoch, SIGTERM saves and exits with 143, figures at the end.
+# Behaves as the scripts do: a row and a checkpoint an epoch, SIGTERM saves and exits with 143,
+# figures at the end.
 FAKE_SCRIPT = """
 import argparse, os, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()
@@ -534,45 +674,82 @@ def test_a_peer_spends_its_budget_and_no_more(monkeypatch):
     peer = FakePeer()
     durations = iter([7.0] + [1.5] * 1000)  # the first step warms up
 
-    def step(images):
+    def step(images, labels):
         peer.steps += 1
         clock.now += next(durations)
 
     peer.step = step
-    (first, half, count), (second, whole, total) = time_to_quality.train_peer(peer, iter([0] * 1000), 90.0, 60, 2)
+    (first, half, count), (second, whole, total) = time_to_quality.train_peer(
+        peer, iter([(0, 0)] * 1000), 90.0, 60, 2
+    )
     assert 30 - 2 * 1.5 <= half <= 30 and 60 - 2 * 1.5 <= whole <= 60
-    assert first == {"steps": count} and second == {"steps": total} and count == 1 + (half - 17) / 1.5
+    assert (
+        first == {"steps": count} and second == {"steps": total} and count == 1 + (half - 17) / 1.5
+    )
     assert total > count
 
 
 def test_peers_see_each_training_image_once_an_epoch(scored_data_dir):
     batches = time_to_quality.training_batches(scored_data_dir, 64, CPU)
-    epoch = torch.cat([next(batches) for _ in range(10)])  # 600 images
-    images = fe.load_split(scored_data_dir, train=True)[0][:600]
+    epoch, classes = map(torch.cat, zip(*(next(batches) for _ in range(10))))  # 600 images
+    images, labels = (part[:600] for part in fe.load_split(scored_data_dir, train=True))
     assert epoch.shape == (600, 1, 28, 28) and epoch.min() >= -1 and epoch.max() <= 1
     found = ((epoch[:, 0] + 1) * 127.5).round().byte().flatten(1).tolist()
-    assert sorted(found) == sorted(images.flatten(1).tolist())
+    wanted = zip(images.flatten(1).tolist(), labels.tolist())
+    assert sorted(zip(found, classes.tolist())) == sorted(wanted)
 
 
-def test_a_peer_leaves_its_samples(scored_data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "PEERS", {"torch": FakePeer})
-    monkeypatch.setattr(time_to_quality, "PEERS", {"torch": "fake"})
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_peer_leaves_its_samples(conditional, scored_data_dir, tmp_path, monkeypatch):
+    fake = peers.Peer("torch", "fake", FakePeer, conditional)
+    monkeypatch.setattr(peers, "PEERS", {"torch_fake": fake})
     snapshots = [({"steps": 3}, 30.0, 3), ({"steps": 7}, 60.0, 7)]
     monkeypatch.setattr(time_to_quality, "train_peer", lambda *args: snapshots)
     args = argparse.Namespace(
         device="cpu", data_dir=scored_data_dir, peer_batch_size=32, minutes=1, marks=2, samples=110
     )
-    time_to_quality.run_peer_process("torch", 9, args, time.time(), tmp_path)
+    time_to_quality.run_peer_process("torch_fake", 9, args, time.time(), tmp_path)
     points = json.loads((tmp_path / "points.json").read_text())
     assert [(point["minutes"], point["trained"]) for point in points] == [
         (0.5, "3 steps of 32 images"),
         (1.0, "7 steps of 32 images"),
     ]
-    assert points[0]["parameters"] == 9 and points[0]["model"] == f"torch {speed.installed('torch')}, fake"
+    assert points[0]["parameters"] == 9
+    assert points[0]["model"] == f"torch {speed.installed('torch')}, fake"
     for point, level in zip(points, (3, 7)):
         with np.load(tmp_path / point["samples"]) as file:
             assert file["arr_0"].shape == (110, 28, 28, 1) and (file["arr_0"] == level).all()
-            assert (file["arr_1"] == -1).all()
+            labels = np.arange(110) % 10 if conditional else np.full(110, -1)
+            assert (file["arr_1"] == labels).all()
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_peer_of_the_race_trains_and_samples(name, monkeypatch):
+    peer = peers.PEERS[name]
+    if not speed.installed(peer.package):
+        pytest.skip(f"{peer.package} is not installed (tests/benchmarks/requirements.txt)")
+    torch.manual_seed(0)
+    built = peer.build(60_000, CPU)
+    before = [parameter.detach().clone() for parameter in built.model.parameters()]
+    labels = torch.arange(16) % 10
+    for _ in range(3):
+        built.step(torch.rand(16, 1, 28, 28) * 2 - 1, labels)
+    after = list(built.model.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(before, after))
+    built.load(built.weights())
+    rows, network = [], type(built.model)
+    forward = network.forward
+
+    def counted(self, x, *args, **kwargs):
+        rows.append(len(x))
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(network, "forward", counted)  # of the averaged copy too
+    samples = built.sample(4)
+    assert samples.shape == (4, 28, 28) and samples.dtype == torch.uint8
+    assert samples.float().std() > 0
+    assert sum(rows) == 4 * built.evaluations
+    assert peer.conditional == ("guidance" in built.sampler)
 
 
 def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
@@ -593,8 +770,8 @@ def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
     epochs, share = time_to_quality.plan_training(stages, ["autoencoder_epochs", "epochs"], 600)
     images = round(55_000 * share)
     [(plan, name, last, budget)] = calls
-    assert plan == ["--autoencoder-epochs", str(epochs["autoencoder_epochs"]), "--epochs", str(epochs["epochs"]),
-                    "--train-images", str(images)]  # fmt: skip
+    counts = {"autoencoder_epochs": epochs["autoencoder_epochs"], "epochs": epochs["epochs"]}
+    assert plan == [*speed.epoch_flags(counts), "--train-images", str(images)]
     assert (name, last, budget) == ("diffusion", epochs["epochs"], 600)
     assert point.minutes == 0.7 and point.evaluations == 24
     assert point.trained == f"{epochs['autoencoder_epochs']} + 1 epochs of {images:,} images"
@@ -604,25 +781,48 @@ def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
 def test_the_table_and_the_plot_are_written(scored_data_dir, tmp_path, monkeypatch):
     test_images = fe.load_split(scored_data_dir, train=False)[0]
     np.savez(tmp_path / "good.npz", test_images[..., None])
-    np.savez(tmp_path / "bad.npz", np.random.default_rng(0).integers(0, 256, (100, 28, 28, 1), np.uint8))
+    np.savez(
+        tmp_path / "bad.npz", np.random.default_rng(0).integers(0, 256, (100, 28, 28, 1), np.uint8)
+    )
 
     def points(name):
-        return time_to_quality.Point(name, 2_000_000, 1.5, "much", "euler", 12, tmp_path / f"{name}.npz")
+        return time_to_quality.Point(
+            name, 2_000_000, 1.5, "much", "euler", 12, tmp_path / f"{name}.npz"
+        )
 
-    monkeypatch.setattr(time_to_quality, "run_all", lambda *args: iter([[points("good")], [points("bad")]]))
+    monkeypatch.setattr(
+        time_to_quality, "run_all", lambda *args: iter([[points("good")], [points("bad")]])
+    )
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- time-to-quality:begin -->\nold\n<!-- time-to-quality:end -->\nb\n")
     time_to_quality.main(
-        ["--samples", "100", "--data-dir", str(scored_data_dir), "--readme", str(readme), "--device", "cpu"]
+        [
+            "--samples",
+            "100",
+            "--data-dir",
+            str(scored_data_dir),
+            "--readme",
+            str(readme),
+            "--device",
+            "cpu",
+        ]
     )
     text = readme.read_text()
     assert "old" not in text and text.startswith("a\n") and text.endswith("\nb\n")
-    scores = dict(
-        re.findall(r"^\| (good|bad|real training images) .*\| (-?[\d.]+) \| -?[\d.]+% \|$", text, re.MULTILINE)
-    )
-    assert float(scores["good"]) == pytest.approx(0, abs=1e-3)
-    assert float(scores["good"]) < float(scores["real training images"]) < float(scores["bad"])
+    rows = re.findall(r"^\| ([^|]+) \|.*?((?: -?[\d.]+% \|){4}) ([\d.]+) \|", text, re.MULTILINE)
+    scores = {name: [float(x) for x in re.findall(r"-?[\d.]+", cells)] for name, cells, _ in rows}
+    floors = [f"100 real training images, {how} (floor)" for how in ("balanced", "at random")]
+    assert list(scores) == ["good", "bad", *floors]
+    assert scores["good"] == pytest.approx([0] * 4, abs=0.1)
+    for floor in floors:
+        assert all(a < b < c for a, b, c in zip(*(scores[x] for x in ("good", floor, "bad"))))
     assert "| good | 2.00 M | 1.5 | much | euler: 12 |" in text and "![" in text
+    rows = json.loads((tmp_path / "time_to_quality.json").read_text())
+    assert [row["model"] for row in rows] == ["good", "bad", *(f"reference: {x}" for x in floors)]
+    assert all(set(quality.METRICS) <= set(row) for row in rows)
+    assert rows[0]["minutes"] == 1.5 and rows[1]["worst_percent_of_blur"] == pytest.approx(
+        scores["bad"][3], abs=0.05
+    )
     assert (tmp_path / "time_to_quality.png").read_bytes().startswith(b"\x89PNG")
 
 

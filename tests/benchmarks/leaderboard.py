@@ -1,13 +1,16 @@
-"""Measure the versions that have results, and write the leaderboard.
+r"""Measure the versions that have results, and write the leaderboard.
 
     python tests/benchmarks/leaderboard.py                              every version
-    python tests/benchmarks/leaderboard.py LatentDiffusionModel/v3      one; the others keep their rows
+    python tests/benchmarks/leaderboard.py LatentDiffusionModel/v3      one; others keep their rows
 
-A version has a result once its ``output/`` holds a finished run and 10,000 samples of each of three sampling seeds:
+A version has a result once its ``output/`` holds a finished run and 10,000 samples of each of three
+sampling seeds:
 
     python LatentDiffusionModel/v3/script_model_train_test.py --export-samples 10000
-    python LatentDiffusionModel/v3/script_model_train_test.py --sample-only --export-samples 10000 --sampling-seed 1
-    python LatentDiffusionModel/v3/script_model_train_test.py --sample-only --export-samples 10000 --sampling-seed 2
+    python LatentDiffusionModel/v3/script_model_train_test.py --sample-only --export-samples 10000 \
+        --sampling-seed 1
+    python LatentDiffusionModel/v3/script_model_train_test.py --sample-only --export-samples 10000 \
+        --sampling-seed 2
 
 The figures go to ``leaderboard.json`` beside this file, and tables of them to two READMEs: a short
 one to that of the repository, all columns to the one beside this file. A row keeps its committed
@@ -57,7 +60,7 @@ SHORT = {
     "version": "version",
     "training": "training",
     "seconds": "s per 1,000 images",
-    "worst_percent_of_blur": "worst of blur",
+    "quality": "worst of blur (FMD, SWD, random features)",
     "coverage": "coverage",
     "accuracy": "accuracy",
 }
@@ -94,7 +97,7 @@ class NotMeasured(Exception):
 
 
 def find_results(output):
-    """The files of an output folder that a row is made of: metrics.csv, then the samples. Raises NotMeasured."""
+    """The files that a row is made of: metrics.csv, then the samples. Raises NotMeasured."""
     files = [output / name for name in ("metrics.csv", *SAMPLE_FILES)]
     missing = [
         path.name for path in (output / "checkpoints" / "last.pt", *files) if not path.is_file()
@@ -111,7 +114,10 @@ def fingerprint(files):
 
 
 def read_training(path):
-    """Epochs of each stage, {name: number}, and the seconds of all of them, from a metrics.csv. Raises NotMeasured."""
+    """Epochs of each stage, {name: number}, and the seconds of all, from a metrics.csv.
+
+    Raises NotMeasured.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
@@ -121,9 +127,11 @@ def read_training(path):
 
 
 def score_files(paths, data_dir):
-    """Mean of each of ``SCORES`` over sample files, and its spread under ``<score>_spread``; None without labels.
+    """Mean of each of ``SCORES`` over sample files, and its spread under ``<score>_spread``.
 
-    Raises NotMeasured where a file is unfit or does not hold ``SAMPLES`` images.
+
+    A score without labels is None. Raises NotMeasured where a file is unfit or does not hold
+    ``SAMPLES`` images.
     """
     rows = []
     for path in paths:
@@ -139,7 +147,7 @@ def score_files(paths, data_dir):
 
 
 def measure_sampler(path, output, device):
-    """Parameters, sampler, evaluations and seconds per 1,000 images of the models in an output folder."""
+    """Parameters, sampler, evaluations and seconds per 1,000 images of an output's models."""
     sampler = speed.Sampler(path, output, device)
     sampler.seconds(min(50, TIMED_IMAGES))  # the warm-up
     seconds = statistics.median(sampler.seconds(TIMED_IMAGES) for _ in range(TIMED_ROUNDS))
@@ -194,6 +202,13 @@ def format_score(row, score):
     return FORMS[score].format(row[score]) + spread
 
 
+def format_quality(row):
+    """The summary, and in brackets what each eye says, without spread."""
+    worst = format_score(row, "worst_percent_of_blur") or "?"
+    keys = ("percent_of_blur", "swd_percent_of_blur", "fd_random_percent_of_blur")
+    return f"{worst} ({', '.join(f'{row[key]:.1f}%' if key in row else '?' for key in keys)})"
+
+
 def format_row(row, columns, folder="."):
     """The cells of a measured row, as text; ``folder`` is the root as seen from the README."""
     trained, sampled = row["training_hardware"], row["sampling_hardware"]
@@ -206,6 +221,7 @@ def format_row(row, columns, folder="."):
         "evaluations": f"{row['evaluations']:g}",
         "seconds": f"{row['seconds_per_1000_images']:.2g}"
         + (f" ({sampled})" if sampled != trained else ""),
+        "quality": format_quality(row),
     }
     return [cells.get(column) or format_score(row, column) for column in columns]
 
@@ -213,6 +229,7 @@ def format_row(row, columns, folder="."):
 def format_floor(floor, columns):
     """The cells of a row of real training images."""
     cells = {"version": floor["file"].removeprefix("reference: "), "copying": ""}
+    cells["quality"] = format_quality(floor)
     scored = (format_score(floor, column) if column in FORMS else "" for column in columns)
     return [cells.get(column, text) for column, text in zip(columns, scored)]
 
@@ -238,9 +255,11 @@ def format_leaderboard(board):
     return (
         f"{format_table(board, SHORT)}\n\n"
         "*Worst of blur* is the largest of three distances to the test images, each in percent of "
-        "what blurred images have: in the features of a classifier, of patches, and of an untrained "
-        f"network. Mean ± spread over three sampling seeds of {SAMPLES:,} samples each.{format_notes(board)} "
-        "[The benchmarks](tests/benchmarks/README.md#leaderboard) have all columns."
+        "what blurred images have: in the features of a classifier, of patches, and of an "
+        f"untrained network. Mean ± spread over three sampling seeds of {SAMPLES:,} samples each."
+        f"{format_notes(board)}\n\n"
+        "[The benchmarks](tests/benchmarks/README.md#leaderboard) have all columns, and say what "
+        "each number means."
     )
 
 
@@ -272,7 +291,7 @@ def replace_block(path, name, text):
 
 
 def read_board(path):
-    """The leaderboard in a JSON file, a row for each version of the ladder; an empty one without it."""
+    """The leaderboard in a JSON file, a row for each version of the ladder; without it, empty."""
     board = {"floors": [], "versions": []}
     if path.is_file():
         board = json.loads(path.read_text(encoding="utf-8"))

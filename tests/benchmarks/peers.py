@@ -1,9 +1,9 @@
-"""The libraries that ``time_to_quality.py`` trains beside the versions, conditional ones among them.
+"""The libraries that ``time_to_quality.py`` trains beside the versions, some with classes.
 
-A peer has ``step(images, labels)``, which takes a step of training on float images (B, 1, 28, 28) in
-[-1, 1] and integer labels (B,); ``weights()`` and ``load(weights)``, which get and set the averaged
-weights; and ``sample(count)``, which draws uint8 images (count, 28, 28) from them. A conditional one
-draws the classes in turn: i mod 10.
+A peer has ``step(images, labels)``, which takes a step of training on float images (B, 1, 28, 28)
+in [-1, 1] and integer labels (B,); ``weights()`` and ``load(weights)``, which get and set the
+averaged weights; and ``sample(count)``, which draws uint8 images (count, 28, 28) from them. A
+conditional one draws the classes in turn: i mod 10.
 """
 
 import copy
@@ -197,7 +197,7 @@ class RectifiedFlow:
 
 
 class Peer(NamedTuple):
-    """A contestant: the package that it comes from, what of it, its class, and whether it has classes.
+    """A contestant: the package it comes from, what of it, its class, and whether it has labels.
 
     ``own_size`` says that the example has a size of its own; the others get the first version's.
     """

@@ -315,11 +315,11 @@ def measure_distances(images, features, reference):
 
 
 def worst_percent_of_blur(row):
-    """The summary of a row: the largest of its three distances, as percent of the blurred reference's.
+    """The summary of a row: its largest distance of three, as percent of the blurred reference's.
 
-    No eye alone can buy it: it falls only when the eye that sees most is content. A Fréchet distance
-    is a square (it grows as the square of a shift, a Wasserstein-1 distance as the shift), so its root
-    is what compares: 100 sqrt(d / blur).
+    No eye alone can buy it: it falls only when the eye that sees most is content. A Fréchet
+    distance is a squared one (it grows as the square of a shift, a Wasserstein-1 distance as the
+    shift), so what compares is its root: 100 sqrt(d / blur).
     """
     squares = (row["percent_of_blur"], row["fd_random_percent_of_blur"])
     return max(row["swd_percent_of_blur"], *(10 * max(0.0, square) ** 0.5 for square in squares))
@@ -512,7 +512,7 @@ def save_spectra(spectra, path):
     power.set(ylabel="power an image", yscale="log")
     ratio.set(ylabel="over that of the real images", yscale="log")
     for axes in (power, ratio):
-        axes.set(xlabel="periods an image", xlim=(0, len(reference) - 1))
+        axes.set(xlabel="periods an image", xlim=(0, len(reference) - 1), xticks=range(0, 21, 4))
         axes.axvspan(class_free.UPPER_HALF, len(reference) - 1, color="0.93", zorder=0)
         axes.grid(alpha=0.3)
     power.legend(fontsize=7)
