@@ -94,6 +94,15 @@ def test_the_patches_are_all_there_and_normalised():
     np.testing.assert_allclose(patches, expected, atol=1e-3)
 
 
+def test_the_grid_of_patches_is_the_published_one():
+    """Other patches would be other figures: 64, 64 and 1 of them; each pixel is in some patch."""
+    for size, count in ((28, 64), (14, 64), (7, 1)):
+        level = torch.arange(size**2, dtype=torch.float32).reshape(1, 1, size, size)
+        patches = class_free.normalised_patches(level, class_free.STRIDES[size])
+        assert patches.shape == (count, 49) and len(patches.unique()) == size**2
+    assert class_free.DIRECTIONS == 128
+
+
 def slow_swd(images, others, size, directions):
     """The distance of one level, patch by patch and direction by direction, with scipy."""
     sets = []
