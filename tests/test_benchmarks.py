@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: checked by closed forms, independent code and samples of known quality."""
+"""The benchmarks measure what they say: checked by closed forms, other code and known samples."""
 
 import dataclasses
 import json
@@ -18,18 +18,22 @@ KEYS = {"file", "n", *quality.METRICS}
 
 
 def random_covariance(dim, seed):
-    factor = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    factor = torch.randn(
+        dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return factor @ factor.T / dim
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_frechet_distance_has_its_closed_form_for_commuting_covariances():
     generator = torch.Generator().manual_seed(0)
-    a, b = 3 * torch.rand(2, 12, generator=generator, dtype=torch.float64)  # variances along shared axes
+    a, b = 3 * torch.rand(
+        2, 12, generator=generator, dtype=torch.float64
+    )  # variances along shared axes
     mean_a, mean_b = torch.randn(2, 12, generator=generator, dtype=torch.float64)
     axes = torch.linalg.qr(random_covariance(12, seed=1)).Q
     expected = (mean_a - mean_b).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
@@ -39,17 +43,27 @@ def test_frechet_distance_has_its_closed_form_for_commuting_covariances():
 
 @pytest.mark.parametrize("dim", [3, 40, 128])
 def test_frechet_distance_agrees_with_scipy(dim):
-    mean_a, mean_b = torch.randn(2, dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64).numpy()
+    mean_a, mean_b = torch.randn(
+        2, dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    ).numpy()
     a, b = random_covariance(dim, seed=3).numpy(), random_covariance(dim, seed=4).numpy()
-    expected = np.square(mean_a - mean_b).sum() + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    expected = np.square(mean_a - mean_b).sum() + np.trace(
+        a + b - 2 * scipy.linalg.sqrtm(a @ b).real
+    )
     measured = quality.frechet_distance(*map(torch.from_numpy, (mean_a, a, mean_b, b)))
     assert measured == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_survives_singular_covariances():
-    mean, covariance = quality.mean_and_covariance(torch.randn(20, 128, generator=torch.Generator().manual_seed(5)))
-    assert quality.frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-9)
-    assert quality.frechet_distance(mean, covariance, mean, 4 * covariance) == pytest.approx(covariance.trace().item())
+    mean, covariance = quality.mean_and_covariance(
+        torch.randn(20, 128, generator=torch.Generator().manual_seed(5))
+    )
+    assert quality.frechet_distance(mean, covariance, mean, covariance) == pytest.approx(
+        0, abs=1e-9
+    )
+    assert quality.frechet_distance(mean, covariance, mean, 4 * covariance) == pytest.approx(
+        covariance.trace().item()
+    )
 
 
 def test_statistics_are_unbiased_and_in_float64():
@@ -57,7 +71,9 @@ def test_statistics_are_unbiased_and_in_float64():
     mean, covariance = quality.mean_and_covariance(features)
     assert mean.dtype == covariance.dtype == torch.float64
     np.testing.assert_allclose(mean, features.double().numpy().mean(0), rtol=1e-12)
-    np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9)
+    np.testing.assert_allclose(
+        covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("k", [3, 5])
@@ -74,8 +90,13 @@ def test_neighbour_scores_agree_with_prdc(k, scale, shift):
 def test_nearest_image_distances_agree_with_a_plain_loop():
     rng = np.random.default_rng(8)
     images, others = (torch.from_numpy(draw_shapes(np.arange(n) % 10, rng)) for n in (30, 40))
-    pairs = [[np.linalg.norm((image.double() - other.double()) / 255) for other in others] for image in images]
-    np.testing.assert_allclose(quality.nearest_image_distances(images, others), np.min(pairs, axis=1), rtol=1e-4)
+    pairs = [
+        [np.linalg.norm((image.double() - other.double()) / 255) for other in others]
+        for image in images
+    ]
+    np.testing.assert_allclose(
+        quality.nearest_image_distances(images, others), np.min(pairs, axis=1), rtol=1e-4
+    )
 
 
 def test_blur_averages_two_by_two_and_interpolates():
@@ -85,17 +106,22 @@ def test_blur_averages_two_by_two_and_interpolates():
     blurred = quality.blur(torch.stack([checkerboard, ramp]))
     assert (blurred[0] == 100).all()
     assert blurred.shape == (2, 28, 28) and blurred.dtype == torch.uint8
-    assert (blurred[1, :, 1:-1].int() - ramp[:, 1:-1].int()).abs().max() <= 1  # linear, so only rounding changes it
+    assert (
+        blurred[1, :, 1:-1].int() - ramp[:, 1:-1].int()
+    ).abs().max() <= 1  # linear, so only rounding changes it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Feature extractor
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_classifier_is_small_and_accurate(real_data_dir):
     assert fe.WEIGHTS_PATH.stat().st_size <= 4 * 2**20
-    assert fe.accuracy(fe.load_feature_extractor(), *fe.load_split(real_data_dir, train=False)) >= 0.935
+    assert (
+        fe.accuracy(fe.load_feature_extractor(), *fe.load_split(real_data_dir, train=False))
+        >= 0.935
+    )
 
 
 def test_other_weights_are_refused(tmp_path):
@@ -114,10 +140,14 @@ def test_extraction_depends_on_neither_layout_nor_chunks():
     features, logits = fe.extract(images)
     assert features.shape == (60, fe.FEATURE_DIM) and logits.shape == (60, 10)
     for same in (images[..., None], images[:, None], torch.from_numpy(images)):
-        torch.testing.assert_close(fe.extract(same, chunk_size=7), (features, logits), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            fe.extract(same, chunk_size=7), (features, logits), rtol=1e-4, atol=1e-4
+        )
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((3, 28, 28), float), ((3, 32, 32), np.uint8), ((3, 784), np.uint8)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 28, 28), float), ((3, 32, 32), np.uint8), ((3, 784), np.uint8)]
+)
 def test_extraction_refuses_other_arrays(shape, dtype):
     with pytest.raises(ValueError, match="images must be"):
         fe.extract(np.zeros(shape, dtype))
@@ -131,9 +161,9 @@ def test_an_unreadable_data_file_is_named(tmp_path):
         fe.load_split(tmp_path, train=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scores of whole sample files, on a tiny data set
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -147,7 +177,15 @@ class Tiny:
     def score(self, capsys, tmp_path, *files):
         """Run the command line; return the rows of the JSON, standard output and standard error."""
         capsys.readouterr()
-        quality.main([*map(str, files), "--data-dir", str(self.data_dir), "--json", str(tmp_path / "rows.json")])
+        quality.main(
+            [
+                *map(str, files),
+                "--data-dir",
+                str(self.data_dir),
+                "--json",
+                str(tmp_path / "rows.json"),
+            ]
+        )
         return json.loads((tmp_path / "rows.json").read_text()), *capsys.readouterr()
 
 
@@ -168,37 +206,166 @@ def test_rows_and_json(tiny, capsys, tmp_path):
     unlabelled = save(tmp_path / "unlabelled.npz", tiny.train[0], np.full(600, -1))
     rows, out, err = tiny.score(capsys, tmp_path, test, unlabelled)
     assert all(set(row) == KEYS for row in rows)
-    assert [row["file"] for row in rows] == [quality.FLOOR, quality.BLUR, quality.NOISE, str(test), str(unlabelled)]
-    assert len(out.splitlines()) == 6
+    balanced = "reference: 300 real training images, balanced (floor)"
+    random = "reference: 600 real training images, at random (floor)"
+    names = [balanced, random, quality.BLUR, quality.NOISE, str(test), str(unlabelled)]
+    assert [row["file"] for row in rows] == names
+    assert len(out.splitlines()) == 2 * (2 + 6) + 1
     assert err.count("warning") == 2 and "300 samples" in err
 
-    floor, blurred, noise, itself, copies = rows
-    assert blurred["percent_of_blur"] == pytest.approx(100)
-    assert floor["percent_of_blur"] < 100 < noise["percent_of_blur"]
+    floor, _, blurred, noise, itself, copies = rows
+    for key, percent in quality.DISTANCES.items():
+        assert blurred[percent] == pytest.approx(100)
+        assert noise[percent] == pytest.approx(100 * noise[key] / blurred[key])
+        assert itself[percent] < floor[percent] < noise[percent]
+    assert floor["percent_of_blur"] < 100 and floor["fd_random_percent_of_blur"] < 100
     assert noise["coverage"] == 0 and noise["accuracy"] is None
+    assert blurred["detail"] < 0.5 < floor["detail"] < 1.5 < noise["detail"]
+    for row in rows:
+        frechet = [row[key] / blurred[key] for key in ("fmd", "fd_random")]
+        roots = np.sqrt(np.maximum(frechet, 0))
+        worst = max(*roots, row["swd"] / blurred["swd"])
+        assert row["worst_percent_of_blur"] == pytest.approx(100 * worst)
 
-    # The test images against themselves: no distance, all within their own balls, as close to training images.
-    assert itself["n"] == 300 and itself["fmd"] == pytest.approx(0, abs=1e-6)
+    # The test images against themselves: no distance, all within their own balls.
+    assert itself["n"] == 300
+    assert all(itself[key] == pytest.approx(0, abs=1e-5) for key in quality.DISTANCES)
+    assert itself["detail"] == pytest.approx(1)
     assert itself["precision"] == itself["recall"] == itself["coverage"] == 1
     assert itself["copying"] == pytest.approx(quality.COPY_QUANTILE, abs=0.01)
     assert itself["nn_distance_ratio"] == pytest.approx(1, abs=1e-4)
     logits = fe.extract(tiny.test[0])[1]
-    assert itself["accuracy"] == pytest.approx((logits.argmax(1) == tiny.test[1]).double().mean().item())
+    assert itself["accuracy"] == pytest.approx(
+        (logits.argmax(1) == tiny.test[1]).double().mean().item()
+    )
 
     assert copies["copying"] == 1 and copies["nn_distance_ratio"] == pytest.approx(0, abs=1e-2)
     assert copies["accuracy"] is None
 
 
+@pytest.mark.parametrize(
+    ("fmd", "swd", "fd_random", "worst"),
+    [(4, 10, 0, 20), (4, 30, 9, 30), (0, 0, 25, 50), (-1e-9, 5, -1e-9, 5), (100, 100, 100, 100)],
+)
+def test_the_summary_is_what_the_worst_eye_sees(fmd, swd, fd_random, worst):
+    row = {"percent_of_blur": fmd, "swd_percent_of_blur": swd}
+    row["fd_random_percent_of_blur"] = fd_random
+    assert quality.worst_percent_of_blur(row) == pytest.approx(worst)
+
+
+def test_no_score_depends_on_the_order_of_the_file(tiny):
+    images, labels = (part[:200] for part in tiny.train)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    first = quality.score_arrays(images, labels, tiny.data_dir)
+    again = quality.score_arrays(images[order], labels[order], tiny.data_dir)
+    assert again == pytest.approx(first, rel=1e-4, abs=1e-6)
+    assert quality.score_arrays(images, labels, tiny.data_dir) == pytest.approx(first, rel=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------
+# Floors
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_floor_has_the_samples_number_and_classes():
+    train_labels = torch.arange(600) % 10
+    labels = torch.tensor([3] * 20 + [7] * 90)  # more sevens than there are
+    rows = quality.draw_like(110, labels, train_labels)
+    assert train_labels[rows].bincount(minlength=10).tolist() == [0, 0, 0, 20, 0, 0, 0, 90, 0, 0]
+    assert len(rows[:20].unique()) == 20 and len(rows[20:].unique()) == 60
+    for unknown in (None, torch.full((110,), -1), torch.tensor([0] * 109 + [-1])):
+        rows = quality.draw_like(110, unknown, train_labels)
+        assert len(rows.unique()) == 110 and rows.tolist() != sorted(rows.tolist())
+    assert len(quality.draw_like(700, None, train_labels).unique()) == 600
+
+
+@pytest.mark.parametrize(
+    ("labels", "balance"),
+    [
+        (torch.arange(25) % 10, "balanced"),
+        (torch.arange(25) % 9, "in the samples' balance"),
+        (torch.arange(25) - 1, "at random"),
+        (None, "at random"),
+    ],
+)
+def test_a_floor_says_how_it_was_drawn(labels, balance):
+    expected = f"reference: 1,025 real training images, {balance} (floor)"
+    assert quality.floor_name(1025, labels) == expected
+
+
+def test_a_floor_is_scored_once_and_kept(tiny, monkeypatch):
+    labels = torch.arange(120) % 10
+    reference = quality.load_reference(tiny.data_dir)
+    floor = quality.load_floor(120, labels, reference)
+    rows = quality.draw_like(120, labels, tiny.train[1])
+    expected = quality.score_arrays(tiny.train[0][rows], tiny.train[1][rows], tiny.data_dir)
+    assert floor == pytest.approx({"file": quality.floor_name(120, labels), **expected})
+
+    monkeypatch.setattr(quality, "score_against", lambda *_: pytest.fail("scored again"))
+    assert quality.load_floor(120, labels.flip(0), reference) == floor
+    quality.load_reference.cache_clear()
+    assert quality.load_floor(120, labels, quality.load_reference(tiny.data_dir)) == floor
+
+
+def test_validation_scores_against_the_validation_images(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(fe, "VALIDATION_SIZE", 250)
+    monkeypatch.setattr(quality, "CACHE_DIR", tmp_path / "cache")
+    write_tiny_data(tmp_path, train=650, test=200)
+    images, labels = fe.load_split(tmp_path, train=True)
+    held_out, held_out_labels = images[-250:], labels[-250:]
+    some = Tiny(tmp_path, (images[:400], labels[:400]), fe.load_split(tmp_path, train=False))
+    itself = save(tmp_path / "samples.npz", held_out, held_out_labels)
+    floor, *_, row = some.score(capsys, tmp_path, itself, "--validation")[0]
+    assert row["fmd"] == pytest.approx(0, abs=1e-6) and row["coverage"] == 1
+    assert all(row[key] == pytest.approx(0, abs=1e-5) for key in quality.DISTANCES)
+    assert row["copying"] == pytest.approx(quality.COPY_QUANTILE, abs=0.01)
+    assert row == {
+        "file": str(itself),
+        **quality.score_arrays(held_out, held_out_labels, tmp_path, True),
+    }
+    assert quality.fmd_percent_of_blur(held_out, tmp_path, True) == row["percent_of_blur"]
+
+    # The floor and the copies are of the images that models train on.
+    assert floor["file"].startswith("reference: 250 real training images") and floor["copying"] == 1
+    assert floor["fmd"] > 0
+    assert torch.equal(quality.load_reference(tmp_path, True)["train_images"], images[:400])
+    assert quality.score_arrays(held_out, held_out_labels, tmp_path)["fmd"] > 1e-3
+
+
+def test_the_spectra_are_drawn(tiny, tmp_path):
+    path = save(tmp_path / "samples.npz", tiny.train[0][:100])
+    arguments = [
+        str(path),
+        "--data-dir",
+        str(tiny.data_dir),
+        "--plot",
+        str(tmp_path / "spectrum.png"),
+    ]
+    quality.main(arguments)
+    assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_seeds_get_a_row_of_mean_and_spread(tiny, capsys, tmp_path):
     files = [
-        save(tmp_path / name, tiny.train[0][start : start + 200], tiny.train[1][start : start + 200])
-        for name, start in [("samples.npz", 0), ("samples_seed_1.npz", 200), ("samples_seed_22.npz", 400)]
+        save(
+            tmp_path / name, tiny.train[0][start : start + 200], tiny.train[1][start : start + 200]
+        )
+        for name, start in [
+            ("samples.npz", 0),
+            ("samples_seed_1.npz", 200),
+            ("samples_seed_22.npz", 400),
+        ]
     ]
     other = save(tmp_path / "others_seed_1.npz", tiny.test[0])
     rows, out, _ = tiny.score(capsys, tmp_path, *files, other)
     summary = rows[-1]
-    assert len(rows) == 3 + 4 + 1 and set(summary).issuperset(KEYS)
-    assert summary["file"] == str(tmp_path / "samples_seed_*.npz") and summary["n"] == 200 and summary["files"] == 3
+    # Each file has a floor: no two have the same classes.
+    assert len(rows) == 4 + 2 + 4 + 1 and set(summary).issuperset(KEYS)
+    assert (
+        summary["file"] == str(tmp_path / "samples_seed_*.npz")
+        and summary["n"] == 200
+        and summary["files"] == 3
+    )
     for metric in quality.METRICS:
         values = [row[metric] for row in rows if row["file"] in map(str, files)]
         assert len(values) == 3
@@ -222,7 +389,9 @@ def test_the_reference_is_cached_under_the_weights(tiny, monkeypatch):
     quality.load_reference.cache_clear()
     monkeypatch.setattr(quality, "measure_reference", lambda *_: pytest.fail("measured again"))
     again = quality.load_reference(tiny.data_dir)
-    assert again["rows"] == first["rows"] and torch.equal(again["train_images"], first["train_images"])
+    assert again["rows"] == first["rows"] and torch.equal(
+        again["train_images"], first["train_images"]
+    )
 
     path = quality.reference_path(tiny.test[0], tiny.train[0])
     assert path.is_file() and fe.WEIGHTS_SHA256[:12] in path.name
@@ -231,9 +400,9 @@ def test_the_reference_is_cached_under_the_weights(tiny, monkeypatch):
     assert quality.reference_path(tiny.test[0][:-1], tiny.train[0]) != path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad files
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write_truncated(path):
@@ -267,17 +436,32 @@ BAD_FILES = {
     "truncated": (write_truncated, "not a sound .npz file"),
     "damaged": (write_damaged, "not a sound .npz file"),
     "no array": (write_zip, "no arr_0"),
-    "another name": (lambda path: np.savez(path, images=np.zeros(3)), "no arr_0 in it (it holds images)"),
+    "another name": (
+        lambda path: np.savez(path, images=np.zeros(3)),
+        "no arr_0 in it (it holds images)",
+    ),
     "objects": (lambda path: np.savez(path, np.array([None] * 200)), "allow_pickle"),
     "strings": (lambda path: np.savez(path, np.array(["shoe"] * 200)), "str"),
     "float": (lambda path: save(path, np.zeros((200, 28, 28))), "got float64"),
     "shape": (lambda path: save(path, np.zeros((200, 32, 32), np.uint8)), "(200, 32, 32, 1)"),
-    "channels": (lambda path: np.savez(path, np.zeros((200, 28, 28, 3), np.uint8)), "(200, 28, 28, 3)"),
+    "channels": (
+        lambda path: np.savez(path, np.zeros((200, 28, 28, 3), np.uint8)),
+        "(200, 28, 28, 3)",
+    ),
     "no images": (lambda path: save(path, np.zeros((0, 28, 28), np.uint8)), "0 images"),
     "few images": (lambda path: save(path, np.zeros((9, 28, 28), np.uint8)), "9 images"),
-    "few labels": (lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.zeros(199, int)), "labels must be"),
-    "float labels": (lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.zeros(200)), "labels must be"),
-    "label 10": (lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.full(200, 10)), "labels must lie"),
+    "few labels": (
+        lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.zeros(199, int)),
+        "labels must be",
+    ),
+    "float labels": (
+        lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.zeros(200)),
+        "labels must be",
+    ),
+    "label 10": (
+        lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.full(200, 10)),
+        "labels must lie",
+    ),
 }
 
 
@@ -295,4 +479,6 @@ def test_a_bad_file_gets_one_line_and_status_2(case, tmp_path, capsys):
 
 def test_the_command_line_from_outside(tmp_path):
     result = run_script(quality.__file__, "nowhere.npz", cwd=tmp_path)
-    assert result.returncode == 2 and result.stderr.splitlines() == ["error: nowhere.npz: No such file or directory"]
+    assert result.returncode == 2 and result.stderr.splitlines() == [
+        "error: nowhere.npz: No such file or directory"
+    ]

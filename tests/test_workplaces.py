@@ -103,7 +103,9 @@ def test_main_trains_in_a_thread_of_a_program(module, tiny_data_dir, tmp_path):
     assert steps(tmp_path / "output") == {"autoencoder": 6, "diffusion": 9}
 
 
-def test_two_quick_interrupts_are_a_keyboard_interrupt(module, tiny_data_dir, tmp_path, monkeypatch):
+def test_two_quick_interrupts_are_a_keyboard_interrupt(
+    module, tiny_data_dir, tmp_path, monkeypatch
+):
     def interrupt(*args):
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
@@ -144,7 +146,9 @@ def test_the_callers_default_dtype_does_not_matter(module, undisturbed):
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-    expected = module.generate_samples(module.load_trained(undisturbed, "cpu"), torch.tensor([1, 2]))
+    expected = module.generate_samples(
+        module.load_trained(undisturbed, "cpu"), torch.tensor([1, 2])
+    )
     assert torch.equal(images, expected)
 
 
@@ -197,7 +201,11 @@ def test_other_runtime_errors_are_not_hidden(module, tiny_data_dir, tmp_path, mo
 
 def test_compile_without_a_compiler_is_one_line(experiment, module, tiny_data_dir, tmp_path):
     arguments = [*flags(module, tmp_path / "output", tiny_data_dir), "--compile"]
-    environment = {**os.environ, "CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "CXX": "/nonexistent/c++",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
     command = [sys.executable, str(experiment.path), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
@@ -235,9 +243,7 @@ def test_what_can_be_made_again_ends_no_run(experiment, tiny_data_dir, tmp_path)
     assert (output / "samples" / "samples_epoch_3.png").exists()
 
 
-def test_a_rename_is_tried_again_while_another_program_has_the_file(
-    module, tmp_path, monkeypatch
-):
+def test_a_rename_is_tried_again_while_another_program_has_the_file(module, tmp_path, monkeypatch):
     real, attempts = os.replace, []
 
     def replace(source, target):
@@ -340,9 +346,7 @@ def test_read_only_archives_are_enough(module, archives_only, no_network):
     assert sorted(archives_only.iterdir()) == before
 
 
-def test_a_damaged_archive_is_named_with_both_checksums(
-    module, archives_only, no_network, capsys
-):
+def test_a_damaged_archive_is_named_with_both_checksums(module, archives_only, no_network, capsys):
     path, good = archives_only / ARCHIVES[0], dict(FashionMNIST.resources)[ARCHIVES[0]]
     path.write_bytes(path.read_bytes()[:-1])
     config = module.Settings(data_dir=str(archives_only.parents[1]))

@@ -1,16 +1,20 @@
-"""Measure the versions that have results, and write the leaderboard.
+r"""Measure the versions that have results, and write the leaderboard.
 
     python tests/benchmarks/leaderboard.py                              every version
-    python tests/benchmarks/leaderboard.py LatentDiffusionModel/v3      one; the others keep their rows
+    python tests/benchmarks/leaderboard.py LatentDiffusionModel/v3      one; others keep their rows
 
-A version has a result once its ``output/`` holds a finished run and 10,000 samples of each of three sampling seeds:
+A version has a result once its ``output/`` holds a finished run and 10,000 samples of each of three
+sampling seeds:
 
     python LatentDiffusionModel/v3/script_model_train_test.py --export-samples 10000
-    python LatentDiffusionModel/v3/script_model_train_test.py --sample-only --export-samples 10000 --sampling-seed 1
-    python LatentDiffusionModel/v3/script_model_train_test.py --sample-only --export-samples 10000 --sampling-seed 2
+    python LatentDiffusionModel/v3/script_model_train_test.py --sample-only --export-samples 10000 \
+        --sampling-seed 1
+    python LatentDiffusionModel/v3/script_model_train_test.py --sample-only --export-samples 10000 \
+        --sampling-seed 2
 
-The figures go to ``leaderboard.json`` beside this file, and the table to the README of the repository. A row keeps its
-committed figures until its version's output is another one; ``--again`` measures it all the same.
+The figures go to ``leaderboard.json`` beside this file, and tables of them to two READMEs: a short
+one to that of the repository, all columns to the one beside this file. A row keeps its committed
+figures until its version's output is another one; ``--again`` measures it all the same.
 """
 
 import argparse
@@ -21,6 +25,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import feature_extractor as fe
 import quality
@@ -29,37 +35,73 @@ import speed
 LADDER = tuple(speed.find_versions())
 SAMPLES = quality.REFERENCE_SIZE  # in each file: figures of other counts do not compare
 SAMPLE_FILES = ("samples.npz", "samples_seed_1.npz", "samples_seed_2.npz")
-SCORES = ("fmd", "percent_of_blur", "coverage", "accuracy", "copying")
-TIMED_IMAGES, TIMED_ROUNDS = 1000, 3
-HEAD = (
-    "version",
-    "parameters",
-    "epochs",
-    "training",
-    "sampler",
-    "evaluations",
-    "s per 1,000 images",
-    "FMD",
-    "of blur",
+SCORES = (
+    "fmd",
+    "percent_of_blur",
     "coverage",
     "accuracy",
     "copying",
+    *quality.CLASS_FREE_METRICS,
 )
+TIMED_IMAGES, TIMED_ROUNDS = 1000, 3
+
+FORMS = {
+    "fmd": "{:.3f}",
+    "percent_of_blur": "{:.2f}%",
+    "swd_percent_of_blur": "{:.1f}%",
+    "fd_random_percent_of_blur": "{:.1f}%",
+    "worst_percent_of_blur": "{:.1f}%",
+    "detail": "{:.3f}",
+    "coverage": "{:.3f}",
+    "accuracy": "{:.1%}",
+    "copying": "{:.1%}",
+}
+SHORT = {
+    "version": "version",
+    "training": "training",
+    "seconds": "s per 1,000 images",
+    "quality": "worst of blur (FMD, SWD, random features)",
+    "coverage": "coverage",
+    "accuracy": "accuracy",
+}
+SIZES = {
+    "version": "version",
+    "parameters": "parameters",
+    "epochs": "epochs",
+    "training": "training",
+    "sampler": "sampler",
+    "evaluations": "evaluations",
+    "seconds": "s per 1,000 images",
+}
+QUALITY = {
+    "version": "version",
+    "fmd": "FMD",
+    "percent_of_blur": "FMD, of blur",
+    "swd_percent_of_blur": "SWD, of blur",
+    "fd_random_percent_of_blur": "random features, of blur",
+    "worst_percent_of_blur": "worst of blur",
+    "detail": "detail",
+    "coverage": "coverage",
+    "accuracy": "accuracy",
+    "copying": "near-copies",
+}
 
 
 class NotMeasured(Exception):
     """Says why a version has no result."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measuring
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def find_results(output):
-    """The files of an output folder that a row is made of: metrics.csv, then the samples. Raises NotMeasured."""
+    """The files that a row is made of: metrics.csv, then the samples. Raises NotMeasured."""
     files = [output / name for name in ("metrics.csv", *SAMPLE_FILES)]
-    missing = [path.name for path in (output / "checkpoints" / "last.pt", *files) if not path.is_file()]
+    missing = [
+        path.name for path in (output / "checkpoints" / "last.pt", *files) if not path.is_file()
+    ]
     if missing:
         raise NotMeasured(f"{output} lacks {', '.join(missing)}")
     return files
@@ -72,7 +114,10 @@ def fingerprint(files):
 
 
 def read_training(path):
-    """Epochs of each stage, {name: number}, and the seconds of all of them, from a metrics.csv. Raises NotMeasured."""
+    """Epochs of each stage, {name: number}, and the seconds of all, from a metrics.csv.
+
+    Raises NotMeasured.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
@@ -82,9 +127,11 @@ def read_training(path):
 
 
 def score_files(paths, data_dir):
-    """Mean of each of ``SCORES`` over sample files, and its spread under ``<score>_spread``; None without labels.
+    """Mean of each of ``SCORES`` over sample files, and its spread under ``<score>_spread``.
 
-    Raises NotMeasured where a file is unfit or does not hold ``SAMPLES`` images.
+
+    A score without labels is None. Raises NotMeasured where a file is unfit or does not hold
+    ``SAMPLES`` images.
     """
     rows = []
     for path in paths:
@@ -100,7 +147,7 @@ def score_files(paths, data_dir):
 
 
 def measure_sampler(path, output, device):
-    """Parameters, sampler, evaluations and seconds per 1,000 images of the models in an output folder."""
+    """Parameters, sampler, evaluations and seconds per 1,000 images of an output's models."""
     sampler = speed.Sampler(path, output, device)
     sampler.seconds(min(50, TIMED_IMAGES))  # the warm-up
     seconds = statistics.median(sampler.seconds(TIMED_IMAGES) for _ in range(TIMED_ROUNDS))
@@ -118,7 +165,8 @@ def measure(version, path, committed, args):
     output = path.parent / "output"
     metrics, *samples = find_results(output)
     digest = fingerprint([metrics, *samples])
-    if committed.get("fingerprint") == digest and not args.again:
+    known = committed.get("fingerprint") == digest and all(score in committed for score in SCORES)
+    if known and not args.again:
         print(f"{version}: unchanged")
         return committed
     print(f"{version}: measuring", flush=True)
@@ -139,55 +187,89 @@ def measure(version, path, committed, args):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def format_row(row):
-    """The cells of a measured row, as text, in the order of ``HEAD``."""
-
-    def score(key, form):
-        if row[key] is None:
-            return "-"
-        return form.format(row[key]) + (f" ± {form.format(row[f'{key}_spread'])}" if f"{key}_spread" in row else "")
-
-    minutes = row["training_seconds"] / 60
-    return [
-        f"[`{row['version']}`]({row['version']})",
-        f"{row['parameters'] / 1e6:.2f} M",
-        " + ".join(map(str, row["epochs"].values())),
-        f"{minutes:.1f} min, {row['training_hardware']}",
-        row["sampler"],
-        f"{row['evaluations']:g}",
-        f"{row['seconds_per_1000_images']:.2g}"
-        + (f" ({row['sampling_hardware']})" if row["sampling_hardware"] != row["training_hardware"] else ""),
-        score("fmd", "{:.3f}"),
-        score("percent_of_blur", "{:.2f}%"),
-        score("coverage", "{:.3f}"),
-        score("accuracy", "{:.1%}"),
-        score("copying", "{:.1%}"),
-    ]
+def format_score(row, score):
+    """A score as text, mean ± spread where there is one; empty where it was not measured."""
+    if score not in row:
+        return ""
+    if row[score] is None:
+        return "-"
+    spread = f" ± {FORMS[score].format(row[f'{score}_spread'])}" if f"{score}_spread" in row else ""
+    return FORMS[score].format(row[score]) + spread
 
 
-def format_floor(floor):
-    """The cells of the row of real training images."""
-    scores = [f"{floor['fmd']:.3f}", f"{floor['percent_of_blur']:.2f}%", f"{floor['coverage']:.3f}"]
-    return ["real training images", *[""] * 6, *scores, f"{floor['accuracy']:.1%}", ""]
+def format_quality(row):
+    """The summary, and in brackets what each eye says, without spread."""
+    worst = format_score(row, "worst_percent_of_blur") or "?"
+    keys = ("percent_of_blur", "swd_percent_of_blur", "fd_random_percent_of_blur")
+    return f"{worst} ({', '.join(f'{row[key]:.1f}%' if key in row else '?' for key in keys)})"
+
+
+def format_row(row, columns, folder="."):
+    """The cells of a measured row, as text; ``folder`` is the root as seen from the README."""
+    trained, sampled = row["training_hardware"], row["sampling_hardware"]
+    cells = {
+        "version": f"[`{row['version']}`]({folder}/{row['version']})".replace("(./", "("),
+        "parameters": f"{row['parameters'] / 1e6:.2f} M",
+        "epochs": " + ".join(map(str, row["epochs"].values())),
+        "training": f"{row['training_seconds'] / 60:.1f} min, {trained}",
+        "sampler": row["sampler"],
+        "evaluations": f"{row['evaluations']:g}",
+        "seconds": f"{row['seconds_per_1000_images']:.2g}"
+        + (f" ({sampled})" if sampled != trained else ""),
+        "quality": format_quality(row),
+    }
+    return [cells.get(column) or format_score(row, column) for column in columns]
+
+
+def format_floor(floor, columns):
+    """The cells of a row of real training images."""
+    cells = {"version": floor["file"].removeprefix("reference: "), "copying": ""}
+    cells["quality"] = format_quality(floor)
+    scored = (format_score(floor, column) if column in FORMS else "" for column in columns)
+    return [cells.get(column, text) for column, text in zip(columns, scored)]
+
+
+def format_table(board, columns, folder=".", floors=True):
+    """The Markdown of a table: a row a version in the ladder's order, and the floors."""
+    lines = [list(columns.values()), ["---"] * len(columns)]
+    for row in board["versions"]:
+        unmeasured = [f"`{row['version']}`", "not measured yet", *[""] * (len(columns) - 2)]
+        lines.append(format_row(row, columns, folder) if "fmd" in row else unmeasured)
+    lines += [format_floor(floor, columns) for floor in board["floors"] if floors]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def format_notes(board):
+    """What is to be said of rows that are not wholly of one run."""
+    notes = {row["note"] for row in board["versions"] if row.get("note")}
+    return "".join(f"\n\n{note}" for note in sorted(notes))
 
 
 def format_leaderboard(board):
-    """The Markdown of a leaderboard: a row a version in the ladder's order, and the floor."""
-    lines = [HEAD, ["---"] * len(HEAD)]
-    for row in board["versions"]:
-        unmeasured = [f"`{row['version']}`", "not measured yet", *[""] * (len(HEAD) - 2)]
-        lines.append(format_row(row) if "fmd" in row else unmeasured)
-    if board["floor"]:
-        lines.append(format_floor(board["floor"]))
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """The Markdown of the leaderboard in the repository's README."""
     return (
-        f"{table}\n\nQuality is mean ± spread over three sampling seeds of {SAMPLES:,} samples each. "
-        "[The benchmarks](tests/benchmarks/README.md) say what each number means and how this table is made."
+        f"{format_table(board, SHORT)}\n\n"
+        "In brackets, three distances to the test images, in percent of what blurred images have: "
+        "FMD (FID's formula in the features of a Fashion-MNIST classifier), SWD (the sliced "
+        "Wasserstein distance of patches), and FID's formula in an untrained network's features. "
+        "*Worst of blur* is the largest of them, with roots of the first and the third, which are "
+        f"squared distances. Mean ± spread over three sampling seeds of {SAMPLES:,} samples each."
+        f"{format_notes(board)}\n\n"
+        "[The benchmarks](tests/benchmarks/README.md#leaderboard) have all columns, and say what "
+        "each number means."
+    )
+
+
+def format_all(board):
+    """The Markdown of all columns, for the README of the benchmarks."""
+    return (
+        f"{format_table(board, SIZES, '../..', floors=False)}\n\n"
+        f"{format_table(board, QUALITY, '../..')}{format_notes(board)}"
     )
 
 
@@ -198,15 +280,23 @@ def replace_block(path, name, text):
     """
     content = path.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-    if content.count(begin) != 1 or content.count(end) != 1 or content.index(end) < content.index(begin):
-        raise ValueError(f"{path} must hold the lines {begin.strip()} and {end} once, in this order")
+    if (
+        content.count(begin) != 1
+        or content.count(end) != 1
+        or content.index(end) < content.index(begin)
+    ):
+        raise ValueError(
+            f"{path} must hold the lines {begin.strip()} and {end} once, in this order"
+        )
     before, rest = content.split(begin)
     path.write_text(f"{before}{begin}{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def read_board(path):
-    """The leaderboard in a JSON file with a row for each version of the ladder; an empty one where there is no file."""
-    board = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"floor": None, "versions": []}
+    """The leaderboard in a JSON file, a row for each version of the ladder; without it, empty."""
+    board = {"floors": [], "versions": []}
+    if path.is_file():
+        board = json.loads(path.read_text(encoding="utf-8"))
     rows = {row["version"]: row for row in board["versions"]}
     return board | {"versions": [rows.get(version, {"version": version}) for version in LADDER]}
 
@@ -220,23 +310,38 @@ def update_board(board, scripts, args):
         except NotMeasured as reason:
             kept = "keeps its row" if "fmd" in rows[version] else "has no result"
             print(f"{version} {kept}: {reason}", file=sys.stderr)
-    floor = board["floor"]
+    floors = board["floors"]
     if rows != {row["version"]: row for row in board["versions"]}:
-        reference = quality.load_reference(Path(args.data_dir))["rows"][0]
-        floor = {score: reference[score] for score in SCORES}
-    return {"floor": floor, "versions": list(rows.values())}
+        reference = quality.load_reference(Path(args.data_dir))
+        balanced = torch.arange(SAMPLES) % fe.NUM_CLASSES
+        floors = [quality.load_floor(SAMPLES, labels, reference) for labels in (balanced, None)]
+        floors = [{key: floor[key] for key in ("file", *SCORES)} for floor in floors]
+    return {"floors": floors, "versions": list(rows.values())}
 
 
 def main(argv=None, repository=speed.REPOSITORY):
     """Command line. Exits 2 with one line on bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="*", metavar="VERSION", help="such as LatentDiffusionModel/v3 (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "versions",
+        nargs="*",
+        metavar="VERSION",
+        help="such as LatentDiffusionModel/v3 (default: all)",
+    )
     parser.add_argument("--again", action="store_true", help="measure also what has not changed")
     parser.add_argument(
-        "--training-hardware", metavar="TEXT", help="where the versions were trained (default: this machine)"
+        "--training-hardware",
+        metavar="TEXT",
+        help="where the versions were trained (default: this machine)",
     )
-    parser.add_argument("--device", default="auto", help="to time sampling on, as the scripts' flag (default: auto)")
-    parser.add_argument("--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root")
+    parser.add_argument(
+        "--device", default="auto", help="to time sampling on, as the scripts' flag (default: auto)"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root"
+    )
     args = parser.parse_args(argv)
     board_path = repository / "tests" / "benchmarks" / "leaderboard.json"
     try:
@@ -244,6 +349,7 @@ def main(argv=None, repository=speed.REPOSITORY):
         speed.pick_device(scripts, args.device)
         board = update_board(read_board(board_path), scripts, args)
         replace_block(repository / "README.md", "leaderboard", format_leaderboard(board))
+        replace_block(board_path.with_name("README.md"), "leaderboard", format_all(board))
         board_path.write_text(json.dumps(board, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

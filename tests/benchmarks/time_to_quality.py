@@ -1,12 +1,14 @@
-"""Train versions and peers for the same minutes on the same machine, and print how good their samples are.
+"""Train versions and peers for the same minutes on the same machine; print how good they are.
 
-    python tests/benchmarks/time_to_quality.py                     LatentDiffusionModel/v3, for 10 minutes
-    python tests/benchmarks/time_to_quality.py --peers             and what is installed of the peers
-    python tests/benchmarks/time_to_quality.py --minutes 1 --samples 200 --readme README.md    a trial, see below
+    python tests/benchmarks/time_to_quality.py             LatentDiffusionModel/v3, for 10 minutes
+    python tests/benchmarks/time_to_quality.py --peers     and what is installed of the peers
+    python tests/benchmarks/time_to_quality.py --minutes 1 --samples 200 --readme README.md
+                                                           a trial, see below
 
-Only training counts against the minutes, from the start of the process on, so imports and reading the data do too;
-planning, sampling and scoring don't. The table and the plot go between markers of README.md beside this file, or of the
-file that --readme names, which must hold the markers. README.md says how the budgets are spent and what is fair in it.
+Only training counts against the minutes, from the start of the process on, so imports and reading
+the data do too; planning, sampling and scoring don't. The table goes between markers of README.md
+beside this file, or of the file that --readme names, which must hold the markers; plot and JSON go
+beside it. README.md says how the budgets are spent and what is fair in it.
 """
 
 import argparse
@@ -30,12 +32,12 @@ from matplotlib.ticker import FuncFormatter
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import feature_extractor as fe
 import leaderboard
+import peers
 import quality
 import speed
 
-PEERS = {"smalldiffusion": "DiT example", "denoising-diffusion-pytorch": "DDPM"}
 START_UP = 20  # seconds of a version's budget that are not steps: imports, data, encoding
-SLACK = 0.08  # share of the rest that is not planned for: validation, saving, and a machine that slows down
+SLACK = 0.08  # share of the rest that is not planned for: validation, saving, a slower machine
 MARGIN = 1.0  # seconds before the end of the budget at which training is told to stop
 MOST_SNAPSHOTS = 8  # of a version, the last one among them
 PILOT_STEPS = 40
@@ -52,19 +54,18 @@ class Point:
     sampler: str
     evaluations: float  # of the denoiser, an image
     samples: Path
-    fmd: float = 0.0
-    percent_of_blur: float = 0.0
+    scores: dict = dataclasses.field(default_factory=dict)  # of ``quality.score_against``
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Versions
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def plan_training(stages, fields, budget):
     """Split a budget over the stages in the proportion of the published recipe.
 
-    Epochs are whole numbers: rather one too many, and fewer training images, than minutes that are not used.
+    Epochs are whole numbers: rather one too many, and fewer training images, than minutes unused.
 
     Args:
         stages: of ``speed.measure_training``.
@@ -116,15 +117,15 @@ def stop(process, seconds=120):
 
 
 def train_version(path, flags, stage, epochs, budget, folder):
-    """Run a script until it has finished training or the budget is spent; keep the models of each epoch.
+    """Run a script until it has trained or the budget is spent; keep the models of each epoch.
 
     Args:
         path, flags: the command.
-        stage, epochs: name and number of epochs of the last stage, whose models can be sampled from.
+        stage, epochs: of the last stage, name and number, whose models can be sampled from.
         budget: seconds from the start of the process.
         folder: receives output/ and the snapshots, folders of their own.
 
-    Returns: a list of (folder of a snapshot, seconds, epochs). Raises RuntimeError if the script fails.
+    Returns: a list of (folder of a snapshot, seconds, epochs). Raises RuntimeError if it fails.
     """
     output, log, snapshots = folder / "output", folder / "log.txt", []
     started = time.monotonic()
@@ -149,15 +150,26 @@ def train_version(path, flags, stage, epochs, budget, folder):
             if process.poll() is None:
                 stop(process)
     if done < epochs and process.returncode not in (143, -15):
-        raise RuntimeError(f"{path} ended with status {process.returncode}: {log.read_text()[-500:].strip()}")
-    if done < epochs and process.returncode == 143 and f"{stage}, step" in log.read_text().splitlines()[-1]:
+        raise RuntimeError(
+            f"{path} ended with status {process.returncode}: {log.read_text()[-500:].strip()}"
+        )
+    if (
+        done < epochs
+        and process.returncode == 143
+        and f"{stage}, step" in log.read_text().splitlines()[-1]
+    ):
         keep(min(elapsed + MARGIN, budget), done)  # cut off within an epoch
     return snapshots
 
 
 def thin(items, most):
     """At most ``most`` of the items, evenly spaced, the last one among them."""
-    chosen = sorted({round((k + 1) * len(items) / min(most, len(items))) - 1 for k in range(min(most, len(items)))})
+    chosen = sorted(
+        {
+            round((k + 1) * len(items) / min(most, len(items))) - 1
+            for k in range(min(most, len(items)))
+        }
+    )
     return [items[index] for index in chosen]
 
 
@@ -171,7 +183,9 @@ def run_version(version, path, args, folder):
     plan = [*speed.epoch_flags(epochs), "--train-images", str(round(share * images))]
     print(f"{version}: planned {' '.join(plan)}", flush=True)
     *earlier, last = epochs.values()
-    snapshots = train_version(path, [*flags, *plan], stages[-1].name, last, 60 * args.minutes, folder)
+    snapshots = train_version(
+        path, [*flags, *plan], stages[-1].name, last, 60 * args.minutes, folder
+    )
     if not snapshots:
         print(f"{version}: no samples within {args.minutes:g} minutes", file=sys.stderr)
     points = []
@@ -196,23 +210,28 @@ def run_version(version, path, args, folder):
     return points
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Peers
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def training_batches(data_dir, batch_size, device):
-    """Yield endless batches (B, 1, 28, 28) in [-1, 1] of the images that the versions train on, each once an epoch."""
-    images = fe.load_split(data_dir, train=True)[0][: -fe.VALIDATION_SIZE, None].to(device)
+    """Yield endless batches of what the versions train on, each image once an epoch.
+
+    A batch is images (B, 1, 28, 28) in [-1, 1] and labels (B,).
+    """
+    images, labels = (part[: -fe.VALIDATION_SIZE] for part in fe.load_split(data_dir, train=True))
+    images, labels = images[:, None].to(device), labels.to(device)
     while True:
         for rows in torch.randperm(len(images), device=device).split(batch_size):
-            yield images[rows].float() / 127.5 - 1
+            yield images[rows].float() / 127.5 - 1, labels[rows]
 
 
 def train_peer(peer, batches, started, budget, marks):
-    """Train a peer until the budget is spent, counted from the time ``started``; keep its weights at equal parts.
+    """Train a peer until the budget, counted from the time ``started``, is spent; keep its weights.
 
-    A step that might not end in time is not begun. Returns a list of ``marks`` (weights, seconds, steps).
+    A step that might not end in time is not begun. Returns a list of ``marks``, at equal parts of
+    the budget: (weights, seconds, steps).
     """
     snapshots, steps, slowest = [], 0, MARGIN
     while len(snapshots) < marks:
@@ -220,7 +239,7 @@ def train_peer(peer, batches, started, budget, marks):
         if begun - started + slowest >= budget * (len(snapshots) + 1) / marks:
             snapshots.append((peer.weights(), begun - started, steps))
             continue
-        peer.step(next(batches))
+        peer.step(*next(batches))
         steps += 1
         if steps > 1:  # the first one warms up
             slowest = max(slowest, time.time() - begun)
@@ -228,20 +247,25 @@ def train_peer(peer, batches, started, budget, marks):
 
 
 def run_peer_process(name, parameters, args, started, folder):
-    """Train and sample a peer in a process of its own; leaves points.json in ``folder``, and the samples."""
+    """Train and sample a peer, in a process of its own; leaves points.json and samples."""
     torch.manual_seed(0)
     device = torch.device(args.device)
-    peer = speed.PEERS[name](parameters, device)
+    entry = peers.PEERS[name]
+    peer = entry.build(parameters, device)
     batches = training_batches(args.data_dir, args.peer_batch_size, device)
     points = []
-    for weights, seconds, steps in train_peer(peer, batches, started, 60 * args.minutes, args.marks):
+    for weights, seconds, steps in train_peer(
+        peer, batches, started, 60 * args.minutes, args.marks
+    ):
         peer.load(weights)
         path = folder / f"samples_{len(points)}.npz"
         samples = speed.sample_in_chunks(peer, args.samples)
-        np.savez(path, samples.numpy()[..., None], np.full(len(samples), -1))
+        labels = peers.classes_in_turn(len(samples), "cpu").numpy() if entry.conditional else None
+        labels = np.full(len(samples), -1) if labels is None else labels
+        np.savez(path, samples.numpy()[..., None], labels)
         points.append(
             {
-                "model": f"{name} {speed.installed(name)}, {PEERS[name]}",
+                "model": f"{entry.package} {speed.installed(entry.package)}, {entry.words}",
                 "parameters": speed.parameter_count(peer.model),
                 "minutes": seconds / 60,
                 "trained": f"{steps:,} steps of {args.peer_batch_size} images",
@@ -254,7 +278,7 @@ def run_peer_process(name, parameters, args, started, folder):
 
 
 def run_peer(name, parameters, args, folder):
-    """Train and sample a peer: a list of ``Point``, the samples not yet scored. Raises RuntimeError if it fails."""
+    """Train and sample a peer: a list of ``Point``, not yet scored. Raises RuntimeError."""
     arguments = (name, parameters, args, time.time(), folder)
     process = multiprocessing.get_context("spawn").Process(target=run_peer_process, args=arguments)
     process.start()
@@ -265,71 +289,124 @@ def run_peer(name, parameters, args, folder):
     return [Point(**point | {"samples": folder / point["samples"]}) for point in points]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scores, table and plot
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def score(images, reference):
-    """FMD of uint8 images (N, 28, 28), and the same in percent of the blurred reference's."""
-    fmd = quality.fmd_of_features(fe.extract(images)[0], reference)
-    return fmd, 100 * fmd / reference["blur_fmd"]
+def measure_floors(count, reference):
+    """The scored rows of ``count`` real training images, balanced and drawn at random."""
+    balanced = torch.arange(count) % fe.NUM_CLASSES
+    return [quality.load_floor(count, labels, reference) for labels in (balanced, None)]
 
 
-def score_floor(count, data_dir, reference):
-    """What ``score`` gives ``count`` real training images."""
-    images = fe.load_split(data_dir, train=True)[0][: -fe.VALIDATION_SIZE]
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-    return score(images[chosen], reference)
-
-
-def format_points(points, floor, args, device):
+def format_points(points, floors, args, device):
     """The Markdown of the points, the real images' scores, and what was the same for all."""
-    lines = ["| model | parameters | minutes | trained | sampler: evaluations | FMD | of blur |", "|" + "---|" * 7]
+    columns = {
+        "percent_of_blur": "FMD, of blur",
+        "swd_percent_of_blur": "SWD, of blur",
+        "fd_random_percent_of_blur": "random features, of blur",
+        "worst_percent_of_blur": "worst of blur",
+        "detail": "detail",
+        "accuracy": "accuracy",
+    }
+
+    def scores(row):
+        return " | ".join(leaderboard.format_score(row, column) for column in columns)
+
+    heads = ["model", "parameters", "minutes", "trained", "sampler: evaluations", *columns.values()]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for point in points:
         lines.append(
-            f"| {point.model} | {point.parameters / 1e6:.2f} M | {point.minutes:.1f} | {point.trained} | "
-            f"{point.sampler}: {point.evaluations:g} | {point.fmd:.3f} | {point.percent_of_blur:.2f}% |"
+            f"| {point.model} | {point.parameters / 1e6:.2f} M | {point.minutes:.1f} | "
+            f"{point.trained} | {point.sampler}: {point.evaluations:g} | {scores(point.scores)} |"
         )
-    lines.append(f"| real training images | | | | | {floor[0]:.3f} | {floor[1]:.2f}% |")
+    for floor in floors:
+        name = floor["file"].removeprefix("reference: ")
+        lines.append(f"| {name} | | | | | {scores(floor)} |")
     return (
-        "\n".join(lines) + f"\n\n{args.minutes:g} minutes each, {args.samples:,} samples a row, one run, on "
-        f"{speed.hardware(device)}, torch {torch.__version__.partition('+')[0]}.\n\n"
-        "![FMD against minutes of training](time_to_quality.png)"
+        "\n".join(lines)
+        + f"\n\n{args.minutes:g} minutes each, {args.samples:,} samples a row, one "
+        f"run, on {speed.hardware(device)}, torch {torch.__version__.partition('+')[0]}.\n\n"
+        "![Distances to the test images against minutes of training](time_to_quality.png)"
     )
 
 
-def save_plot(points, floor, path):
-    """A plot of percent of blur against minutes, both axes of one line a model; ``floor`` is the real images' score."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for model in dict.fromkeys(point.model for point in points):
-        places = [(point.minutes, point.percent_of_blur) for point in points if point.model == model]
-        axes.plot(*zip(*places), "o-", label=model)
-    axes.axhline(floor[1], color="0.5", linestyle="--", label="real training images")
-    axes.set(xlabel="minutes of training", ylabel="FMD, of the blurred reference's", yscale="log", xlim=(0, None))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+def save_plot(points, floors, path):
+    """A plot of what each eye sees against minutes, a line a model; dashed, the balanced floor."""
+    eyes = {
+        "percent_of_blur": "a classifier: FMD",
+        "swd_percent_of_blur": "patches: SWD",
+        "fd_random_percent_of_blur": "untrained network",
+    }
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(eyes)), eyes.items()):
+        for model in dict.fromkeys(point.model for point in points):
+            own = [point for point in points if point.model == model]
+            places = [(point.minutes, point.scores[key]) for point in own]
+            axes.plot(*zip(*places), "o-", markersize=4, label=model)
+        axes.axhline(floors[0][key], color="0.5", linestyle="--", label="real training images")
+        axes.set(title=title, xlabel="minutes of training", yscale="log", xlim=(0, None))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel("of the blurred reference's")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=100)
+
+
+def save_json(points, floors, path):
+    """All scores of all points and floors: a list of flat objects, the files' names left out."""
+    rows = []
+    for point in points:
+        row = dataclasses.asdict(point)
+        scores = row.pop("scores")
+        del row["samples"]
+        rows.append(row | scores)
+    floors = [{"model": floor["file"], **floor} for floor in floors]
+    for floor in floors:
+        del floor["file"]
+    path.write_text(json.dumps(rows + floors, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def parse_command_line(argv):
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="*", metavar="VERSION", help="default: LatentDiffusionModel/v3")
-    parser.add_argument("--peers", action="store_true", help=f"also train what is installed of {', '.join(PEERS)}")
-    parser.add_argument("--minutes", type=float, default=10, help="of training, for each (default: 10)")
-    parser.add_argument("--samples", type=int, default=2000, help="to score, of each (default: 2000)")
-    parser.add_argument("--marks", type=int, default=2, help="times at which a peer is scored (default: 2)")
-    parser.add_argument("--peer-batch-size", type=int, default=32, help="images a step of the peers (default: 32)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "versions", nargs="*", metavar="VERSION", help="default: LatentDiffusionModel/v3"
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help=f"also train what is installed of {', '.join(peers.PEERS)}",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=10, help="of training, for each (default: 10)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=2000, help="to score, of each (default: 2000)"
+    )
+    parser.add_argument(
+        "--marks", type=int, default=5, help="times at which a peer is scored (default: 5)"
+    )
+    parser.add_argument(
+        "--peer-batch-size", type=int, default=32, help="images a step of the peers (default: 32)"
+    )
     parser.add_argument("--device", default="auto", help="as the scripts' flag (default: auto)")
-    parser.add_argument("--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root")
-    parser.add_argument("--readme", type=Path, default=fe.HERE / "README.md", help="file that the table goes to")
+    parser.add_argument(
+        "--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root"
+    )
+    parser.add_argument(
+        "--readme", type=Path, default=fe.HERE / "README.md", help="file that the table goes to"
+    )
     args = parser.parse_args(argv)
     args.versions = args.versions or ["LatentDiffusionModel/v3"]
     if args.minutes <= 0 or args.marks < 1 or args.samples < quality.FEWEST_SAMPLES:
-        parser.error(f"needs minutes above 0, 1 mark or more, and {quality.FEWEST_SAMPLES} samples or more")
+        parser.error(
+            f"needs minutes above 0, 1 mark or more, and {quality.FEWEST_SAMPLES} samples or more"
+        )
     return args
 
 
@@ -343,12 +420,15 @@ def run_all(args, versions, folder):
     first = next(iter(versions.values()))
     speed.make_untrained(first, speed.script_flags(args), folder / "first")
     parameters = speed.Sampler(first, folder / "first", args.device).parameters
-    for name in PEERS:
-        if speed.installed(name) is None:
-            print(f"{name} is not installed (requirements.txt beside this file)", file=sys.stderr)
+    for name, peer in peers.PEERS.items():
+        if speed.installed(peer.package) is None:
+            print(
+                f"{peer.package} is not installed (requirements.txt beside this file)",
+                file=sys.stderr,
+            )
             continue
         (folder / name).mkdir()
-        yield run_peer(name, None if name == "smalldiffusion" else parameters, args, folder / name)
+        yield run_peer(name, None if peer.own_size else parameters, args, folder / name)
 
 
 def main(argv=None, repository=speed.REPOSITORY):
@@ -359,15 +439,18 @@ def main(argv=None, repository=speed.REPOSITORY):
         device = speed.pick_device(versions, args.device)
         args.device = str(device)
         reference = quality.load_reference(args.data_dir)
-        floor = score_floor(args.samples, args.data_dir, reference)
+        floors = measure_floors(args.samples, reference)
         with tempfile.TemporaryDirectory() as folder:
             for more in run_all(args, versions, Path(folder)):
                 for point in more:
-                    point.fmd, point.percent_of_blur = score(quality.read_samples(point.samples)[0], reference)
-                    print(f"{point.model}, {point.minutes:.1f} min: {point.percent_of_blur:.2f}% of blur", flush=True)
+                    samples = quality.read_samples(point.samples)
+                    point.scores = quality.score_against(*samples, reference)
+                    worst = leaderboard.format_score(point.scores, "worst_percent_of_blur")
+                    print(f"{point.model}, {point.minutes:.1f} min: {worst} of blur", flush=True)
                 points += more
-                text = format_points(points, floor, args, device)
-                save_plot(points, floor, args.readme.parent / "time_to_quality.png")
+                text = format_points(points, floors, args, device)
+                save_plot(points, floors, args.readme.with_name("time_to_quality.png"))
+                save_json(points, floors, args.readme.with_name("time_to_quality.json"))
                 leaderboard.replace_block(args.readme, "time-to-quality", text)
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
