@@ -42,7 +42,7 @@ def test_committed_weights_make_what_they_are_asked_for(script_v3):
 def test_committed_weights_make_the_images_that_they_always_made(script_v3, monkeypatch):
     """Of given noise under the checkpoint's settings; in float32, the same on every machine but for
     rounding. An embedding of t that is off by a thousandth moves pixels by 11 grey levels."""
-    monkeypatch.setattr(script_v3, "autocast", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(script_v3, "arithmetic", lambda device: contextlib.nullcontext())
     models = script_v3.load_trained(FOLDER, device="cpu")
     noise = torch.randn(10, 4, 7, 7, generator=torch.Generator().manual_seed(0))
     state = script_v3.last_state(models, noise, script_v3.class_weights(torch.arange(10)))

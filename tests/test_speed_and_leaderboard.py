@@ -91,7 +91,7 @@ def test_the_step_holds_the_work_of_the_loop_and_the_bare_step_does_not(quick_fl
 
 
 def test_the_bare_step_trains_a_copy():
-    script = SimpleNamespace(autocast=lambda device: torch.autocast("cpu", enabled=False))
+    script = SimpleNamespace(arithmetic=lambda device: torch.autocast("cpu", enabled=False))
     model = nn.Linear(3, 1)
     before = model.weight.detach().clone()
     losses = []

@@ -93,7 +93,7 @@ def test_main_trains_in_a_thread_of_a_program(module, tiny_data_dir, tmp_path):
     def work():
         try:
             module.main([str(part) for part in flags(module, tmp_path / "output", tiny_data_dir)])
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             failures.append(error)
 
     thread = threading.Thread(target=work)

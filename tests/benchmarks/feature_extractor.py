@@ -1,14 +1,15 @@
 """A small fixed classifier of Fashion-MNIST: the eyes of the benchmarks.
 
-Its weights (``feature_extractor.pt``, beside this file) are frozen: every quality figure of this repository is measured
-in the space of its penultimate features, so other weights would mean other numbers. Each load checks their SHA-256.
+Its weights (``feature_extractor.pt``, beside this file) are frozen: every quality figure of this
+repository is measured in the space of its penultimate features, so other weights would mean other
+numbers. Each load checks their SHA-256.
 
     python tests/benchmarks/feature_extractor.py            # accuracy of the committed weights
     python tests/benchmarks/feature_extractor.py --train    # how they were trained; writes output/feature_extractor.pt
 
-Trained with random shifts and mirrored garments. Shoes all face one way and are not mirrored, so that a generator which
-mirrors them is seen to.
-The last 5,000 training images are the validation split; the test split is only touched to print the final accuracy.
+Trained with random shifts and mirrored garments. Shoes all face one way and are not mirrored, so
+that a generator which mirrors them is seen to. The last 5,000 training images are the validation
+split; the test split is only touched to print the final accuracy.
 """
 
 import argparse
@@ -44,7 +45,8 @@ PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the training images scaled to [0, 1
 
 
 def read_idx(path):
-    """Read one IDX file (``.gz`` or unpacked) into a uint8 array; ValueError where header and size disagree."""
+    """Read one IDX file (``.gz`` or unpacked) into a uint8 array; ValueError where header and size
+    disagree."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         ndim = raw[3]
@@ -71,8 +73,8 @@ def download(data_dir):
 def load_split(data_dir=DEFAULT_DATA_DIR, train=True):
     """Load a split of Fashion-MNIST: uint8 images (N, 28, 28) and int64 labels (N,), as tensors.
 
-    ``data_dir`` is torchvision's root (files in ``data_dir/FashionMNIST/raw``); torchvision downloads what is missing.
-    Raises RuntimeError where it cannot, ValueError for a damaged file.
+    ``data_dir`` is torchvision's root (files in ``data_dir/FashionMNIST/raw``); torchvision
+    downloads what is missing. Raises RuntimeError where it cannot, ValueError for a damaged file.
     """
     folder, prefix = Path(data_dir) / "FashionMNIST" / "raw", "train" if train else "t10k"
     arrays = []
@@ -92,7 +94,8 @@ def load_split(data_dir=DEFAULT_DATA_DIR, train=True):
 
 
 def to_input(images):
-    """Normalise uint8 images (N, 28, 28), (N, 28, 28, 1) or (N, 1, 28, 28), array or tensor, to float (N, 1, 28, 28).
+    """Normalise uint8 images (N, 28, 28), (N, 28, 28, 1) or (N, 1, 28, 28), array or tensor, to
+    float (N, 1, 28, 28).
 
     Raises ValueError for another shape or dtype.
     """
@@ -133,7 +136,8 @@ class ResidualBlock(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """Normalised images (N, 1, 28, 28) to features (N, 128) and logits (N, 10); 16 M multiply-adds an image."""
+    """Normalised images (N, 1, 28, 28) to features (N, 128) and logits (N, 10); 16 M multiply-adds
+    an image."""
 
     def __init__(self, width=40, deep_width=96):
         super().__init__()
@@ -178,9 +182,11 @@ def load_feature_extractor(path=WEIGHTS_PATH):
 
 @torch.no_grad()
 def extract(images_uint8, chunk_size=500, model=None):
-    """Run uint8 images (see ``to_input`` for the shapes) through the network, ``chunk_size`` at a time.
+    """Run uint8 images (see ``to_input`` for the shapes) through the network, ``chunk_size`` at a
+    time.
 
-    Returns float32 features (N, 128) and logits (N, 10), on the CPU. Raises ValueError for another shape or dtype.
+    Returns float32 features (N, 128) and logits (N, 10), on the CPU. Raises ValueError for another
+    shape or dtype.
     """
     model = model or load_feature_extractor()
     images = torch.as_tensor(images_uint8).cpu()
@@ -204,7 +210,8 @@ def accuracy(model, images, labels):
 
 
 def augment(x, labels, generator, max_shift=2):
-    """Shift images x (N, 1, 28, 28) by up to ``max_shift`` pixels; mirror half of the garments among them."""
+    """Shift images x (N, 1, 28, 28) by up to ``max_shift`` pixels; mirror half of the garments
+    among them."""
     n, _, size, _ = x.shape
     x = F.pad(x, (max_shift,) * 4, value=-PIXEL_MEAN / PIXEL_STD)  # black
     top, left = torch.randint(0, 2 * max_shift + 1, (2, n, 1), generator=generator)
@@ -216,9 +223,11 @@ def augment(x, labels, generator, max_shift=2):
 
 
 def train(data_dir, output, epochs, batch_size=128, learning_rate=0.1, weight_decay=5e-4, seed=0):
-    """Train with SGD under a one-cycle schedule, keep the last epoch's weights, save them to ``output``.
+    """Train with SGD under a one-cycle schedule, keep the last epoch's weights, save them to
+    ``output``.
 
-    Prints a line an epoch with the validation accuracy, and at the end the test accuracy and the SHA-256.
+    Prints a line an epoch with the validation accuracy, and at the end the test accuracy and the
+    SHA-256.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

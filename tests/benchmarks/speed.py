@@ -185,8 +185,8 @@ def bare_step(script, stage):
     network, optimizer = copy.deepcopy((stage.network, stage.optimizer))
 
     def step(batch, rng):
-        with script.autocast(batch[0].device):
-            loss = stage.loss(network, *batch, rng)
+        with script.arithmetic(batch[0].device):
+            loss = sum(script.loss_parts(stage.loss(network, *batch, rng)).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
