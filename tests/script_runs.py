@@ -20,7 +20,6 @@ import torch
 from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 
 SCRIPT_V3 = REPOSITORY / "LatentDiffusionModel" / "v3" / "script_model_train_test.py"
-UNCONDITIONAL = {"ImageDiffusionModel/CNN", "LatentDiffusionModel/v1"}
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker"]
 CLASSES += ["Bag", "Ankle boot"]
 OWN_FIGURES = {  # that neither the family nor conditions imply
@@ -30,7 +29,13 @@ OWN_FIGURES = {  # that neither the family nor conditions imply
     "LatentDiffusionModel/v3": ["nearest_neighbours"],
 }
 WALL_CLOCK = ("seconds", "images_per_second")
-SAVERS = ("save_all_figures", "save_samples", "save_reconstructions")  # called in training
+SAVERS = (  # called in training
+    "save_all_figures",
+    "save_samples",
+    "save_reconstructions",
+    "save_loss_curves",
+    "save_page",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Experiment:
 
     @property
     def conditional(self):
-        return self.name not in UNCONDITIONAL
+        return "\nCONDITIONAL = True\n" in self.path.read_text(encoding="utf-8")
 
     @property
     def latent(self):
@@ -72,6 +77,7 @@ class Experiment:
             paths += ["reconstruction/reconstruction.png"]
         paths += [f"{path}_epoch_{epoch}.png" for path in own] + ["loss_curves.png"]
         paths += [f"samples/samples_epoch_{number}.png" for number in range(1, epoch + 1)]
+        paths += [f"denoise_with_diffusion_path/paths_epoch_{epoch}.json", "index.html"]
         return set(paths)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import SCRIPT_V3, load_script
-from networks import rng_of, stages_of, tiny_models
+from networks import perturb, rng_of, stages_of, tiny_models
 from script_runs import every_script, on_v3
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -60,9 +60,9 @@ def test_losses_keep_to_the_models_device(module, stages):
     for stage in stages.values():
         network = copy.deepcopy(stage.network).to(META)
         batch = [module.to_float(array[:16]).to(META) for array in stage.arrays]
-        loss = stage.loss(network, *batch, module.Rng(0, META, source=CPU))
-        assert loss.device == META
-        loss.backward()
+        losses = module.loss_parts(stage.loss(network, *batch, module.Rng(0, META, source=CPU)))
+        assert {loss.device for loss in losses.values()} == {META}
+        sum(losses.values()).backward()
 
 
 @every_script
@@ -70,9 +70,11 @@ def test_losses_draw_from_the_random_numbers_that_they_are_given(module, stages)
     state = torch.get_rng_state()
     for stage in stages.values():
         batch = [module.to_float(array[:16]) for array in stage.arrays]
+        perturb(stage.network)
         losses = [stage.loss(stage.network, *batch, rng_of(module, seed)) for seed in (0, 0, 1)]
+        losses = [sum(module.loss_parts(loss).values()) for loss in losses]
         assert losses[0] == losses[1] != losses[2]
-        again = [module.validation_loss(stage.loss, stage.network, stage.held_out) for _ in "ab"]
+        again = [module.validation_losses(stage.loss, stage.network, stage.held_out) for _ in "ab"]
         assert again[0] == again[1]
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -107,8 +109,8 @@ def test_validation_draws_on_the_cpu_so_that_it_is_the_same_everywhere(module):
 
     images = torch.zeros(700, 1, 28, 28, dtype=torch.uint8)  # in batches of 500 and 200
     for device in drawn:
-        mean = module.validation_loss(loss, None, (images.to(device),))
-        assert mean == pytest.approx((500 * 500 + 200 * 200) / 700)
+        parts = module.validation_losses(loss, None, (images.to(device),))
+        assert parts["loss"] == pytest.approx((500 * 500 + 200 * 200) / 700)
     assert len(drawn[CPU]) == 2
     assert all(map(torch.equal, drawn[CPU], drawn[META]))
     assert not torch.equal(*drawn[CPU])
@@ -117,7 +119,7 @@ def test_validation_draws_on_the_cpu_so_that_it_is_the_same_everywhere(module):
 @pytest.mark.parametrize(("name", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
 def test_the_gpu_with_a_number_is_the_one_that_is_meant(name, chosen, monkeypatch):
     script, current = load_script(SCRIPT_V3), []
-    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
     assert str(script.pick_device(name)) == name
     assert current == chosen

@@ -67,7 +67,7 @@ def watched(module, monkeypatch):
     def train_step(stage, batch, rng):
         result = real(stage, batch, rng)
         [group] = stage.optimizer.param_groups
-        seen.append((result[0].item(), group["lr"], batch))
+        seen.append((result[1].item(), group["lr"], batch))
         return result
 
     monkeypatch.setattr(module, "train_step", train_step)
@@ -155,14 +155,15 @@ def test_average_follows_the_network(module, monkeypatch, tiny_data_dir, tmp_pat
 def test_validation_loss_is_that_of_the_whole_set_with_the_same_noise(module):
     network = module.initial_networks(module.Settings(rank=16), CPU)["diffusion"]
     arrays = torch.randint(0, 256, (1100, 1, 28, 28), dtype=torch.uint8), torch.arange(1100) % 10
-    losses = [module.validation_loss(module.loss, network, arrays) for _ in range(2)]
+    losses = [module.validation_losses(module.loss, network, arrays) for _ in range(2)]
     assert losses[0] == losses[1]
 
     def brightness(network, images, labels, rng):
         return images.mean() + rng.rand(len(images)).mean() * 0
 
     expected = (arrays[0].double() / 127.5 - 1).mean().item()
-    assert module.validation_loss(brightness, network, arrays) == pytest.approx(expected, abs=1e-6)
+    [mean] = module.validation_losses(brightness, network, arrays).values()
+    assert mean == pytest.approx(expected, abs=1e-6)
 
 
 # Sampling
@@ -224,7 +225,7 @@ def test_a_setting_is_the_flag_or_the_checkpoints_or_the_default(module):
     settled = module.settle(defaults, {"noise": "fresh", "rank": 24}, checkpoint)
     assert (settled.epochs, settled.rank, settled.noise) == (7, 24, "fresh")
     assert module.settle(defaults, {}, None) == module.Settings(**defaults)
-    local = {"output_dir", "data_dir", "device", "compile", "sampling_seed"}
+    local = {"output_dir", "run_dir", "data_dir", "device", "compile", "sampling_seed"}
     assert module.stored_settings("local") == local == defaults.keys() - stored.keys()
     with pytest.raises(module.ExperimentError) as raised:
         module.settle(defaults, {"rank": 8, "seed": 5, "epochs": 9}, checkpoint)

@@ -77,14 +77,25 @@ def test_experiment_and_harness_define_different_names(script):
     assert above & below == set()
 
 
-@each_script
-def test_every_definition_is_used_in_its_own_file(script):
+def unused(path):
+    """Names that a script defines and does not use but in their own definition."""
     defined, used = set(), set()
-    for node in ast.parse(script.read_bytes()).body:
+    for node in ast.parse(path.read_bytes()).body:
         own = set(sync_shared.names_defined_by(node))
         defined |= own
-        used |= names(ast.unparse(node), ast.Load) - own  # a function that calls itself is not used
-    assert defined - used == set()
+        used |= names(ast.unparse(node), ast.Load) - own
+    return defined - used
+
+
+@each_script
+def test_every_definition_of_an_experiment_is_used_in_its_own_file(script):
+    experiment = ast.parse(texts(script)[0]).body
+    own = {name for node in experiment for name in sync_shared.names_defined_by(node)}
+    assert unused(script) & own == set()
+
+
+def test_every_definition_of_the_harness_is_used_in_some_script():
+    assert set.intersection(*map(unused, SCRIPTS)) == set()
 
 
 @each_script

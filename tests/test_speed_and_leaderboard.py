@@ -377,7 +377,7 @@ class Board:
         return {row["version"]: row for row in json.loads(content)["versions"]}
 
     def run(self, *arguments):
-        """Run the command line; returns the rows by version, and the README."""
+        """Run the command line; returns the rows by version, and the two READMEs."""
         leaderboard.main(
             [*arguments, "--data-dir", str(self.data_dir), "--device", "cpu"], self.root
         )
@@ -395,9 +395,6 @@ class Board:
 def board(tmp_path, untrained_v3, scored_data_dir, monkeypatch):
     monkeypatch.setattr(leaderboard, "SAMPLES", 100)
     monkeypatch.setattr(leaderboard, "TIMED_IMAGES", 20)
-    (tmp_path / "README.md").write_text(
-        "before\n<!-- leaderboard:begin -->\n<!-- leaderboard:end -->\nafter\n"
-    )
     (tmp_path / "tests" / "benchmarks").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "tests" / "benchmarks"):
         markers = "before\n<!-- leaderboard:begin -->\n<!-- leaderboard:end -->\nafter\n"
@@ -428,9 +425,21 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
         assert row[score] == pytest.approx(np.mean(values))
         assert row[f"{score}_spread"] == pytest.approx(np.std(values, ddof=1), abs=1e-9)
     line = next(line for line in readme.splitlines() if "LatentDiffusionModel/v3" in line)
-    assert f"{row['fmd']:.3f} ± {row['fmd_spread']:.3f}" in line and "| 1 + 1 |" in line
-    assert readme.count("not measured yet") == len(leaderboard.LADDER) - 1
-    assert "| real training images |" in readme
+    worst = (row["worst_percent_of_blur"], row["worst_percent_of_blur_spread"])
+    eyes = [row[f"{eye}percent_of_blur"] for eye in ("", "swd_", "fd_random_")]
+    cell = f"{worst[0]:.1f}% ± {worst[1]:.1f}% ({eyes[0]:.1f}%, {eyes[1]:.1f}%, {eyes[2]:.1f}%)"
+    assert f"| {cell} |" in line and line.startswith("| [`Lat")
+    assert line.count("|") == 6 + 1
+    sizes, scored = (line for line in all_columns.splitlines() if "LatentDiffusionModel/v3" in line)
+    assert "| 1 + 1 |" in sizes and "(../../LatentDiffusionModel/v3)" in sizes
+    assert f"{row['fmd']:.3f} ± {row['fmd_spread']:.3f}" in scored
+    assert f"{row['swd_percent_of_blur']:.1f}%" in scored and f"{row['detail']:.3f}" in scored
+    others = len(leaderboard.LADDER) - 1
+    assert readme.count("not measured yet") == others
+    assert all_columns.count("not measured yet") == 2 * others
+    for text in (readme, all_columns):
+        assert text.count("| 100 real training images, balanced (floor) |") == 1
+        assert text.count("| 100 real training images, at random (floor) |") == 1
 
     # What has not changed is not measured again, unless that is asked for.
     with monkeypatch.context() as patch:
@@ -450,8 +459,9 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
     # Without a result the row stays.
     (board.output / "samples_seed_2.npz").unlink()
     capsys.readouterr()
-    kept, _ = board.run()
-    assert kept == again
+    before = board.rows()
+    kept, *_ = board.run()
+    assert kept == before
     assert (
         "LatentDiffusionModel/v3 keeps its row" in (err := capsys.readouterr().err)
         and "samples_seed_2.npz" in err
@@ -478,9 +488,10 @@ def spoil_checkpoints(board):
 )
 def test_what_is_no_result_gets_a_row_that_says_so(board, damage, reason, capsys):
     damage(board)
-    rows, readme = board.run()
+    rows, readme, all_columns = board.run()
     assert all(row.keys() == {"version"} for row in rows.values())
     assert readme.count("not measured yet") == len(leaderboard.LADDER)
+    assert all_columns.count("not measured yet") == 2 * len(leaderboard.LADDER)
     err = capsys.readouterr().err
     assert "LatentDiffusionModel/v3 has no result" in err and reason in err
 
@@ -499,27 +510,26 @@ def made_up_row():
 
 
 def test_unconditional_versions_have_no_accuracy():
-    row = {
-        "version": "A/b",
-        "parameters": 1,
-        "epochs": {"diffusion": 3},
-        "training_seconds": 90,
-        "sampler": "ddim",
-    }
-    row |= {
-        "evaluations": 20.0,
-        "seconds_per_1000_images": 4.0,
-        "training_hardware": "x",
-        "sampling_hardware": "y",
-    }
-    row |= {"fmd": 1, "percent_of_blur": 2, "coverage": 0.3, "copying": 0.04, "accuracy": None}
-    cells = dict(zip(leaderboard.HEAD, leaderboard.format_row(row), strict=True))
-    assert (
-        cells["accuracy"] == "-"
-        and cells["copying"] == "4.0%"
-        and cells["training"] == "1.5 min, x"
-    )
-    assert cells["s per 1,000 images"] == "4 (y)" and cells["evaluations"] == "20"
+    columns = leaderboard.SIZES | leaderboard.QUALITY
+    cells = dict(zip(columns, leaderboard.format_row(made_up_row(), columns), strict=True))
+    assert cells["accuracy"] == "-" and cells["copying"] == "4.0%"
+    assert cells["training"] == "1.5 min, x"
+    assert cells["seconds"] == "4 (y)" and cells["evaluations"] == "20"
+    assert cells["version"] == "[`A/b`](A/b)" and cells["detail"] == ""  # which was not measured
+
+
+def test_what_an_eye_has_not_seen_is_not_made_up():
+    row = made_up_row()
+    assert leaderboard.format_quality(row) == "? (2.0%, ?, ?)"
+    row |= {"swd_percent_of_blur": 30, "fd_random_percent_of_blur": 4, "worst_percent_of_blur": 30}
+    assert leaderboard.format_quality(row) == "30.0% (2.0%, 30.0%, 4.0%)"
+
+
+def test_a_note_stands_below_the_tables_once():
+    rows = [made_up_row() | {"note": "By two runs."}, made_up_row() | {"note": "By two runs."}]
+    board = {"floors": [], "versions": [*rows, made_up_row()]}
+    for text in (leaderboard.format_leaderboard(board), leaderboard.format_all(board)):
+        assert text.count("By two runs.") == 1
 
 
 @pytest.mark.parametrize(
@@ -667,7 +677,7 @@ def test_a_peer_spends_its_budget_and_no_more(monkeypatch):
 
     peer.step = step
     (first, half, count), (second, whole, total) = time_to_quality.train_peer(
-        peer, iter([0] * 1000), 90.0, 60, 2
+        peer, iter([(0, 0)] * 1000), 90.0, 60, 2
     )
     assert 30 - 2 * 1.5 <= half <= 30 and 60 - 2 * 1.5 <= whole <= 60
     assert (
@@ -798,15 +808,13 @@ def test_the_table_and_the_plot_are_written(scored_data_dir, tmp_path, monkeypat
     )
     text = readme.read_text()
     assert "old" not in text and text.startswith("a\n") and text.endswith("\nb\n")
-    scores = dict(
-        re.findall(
-            r"^\| (good|bad|real training images) .*\| (-?[\d.]+) \| -?[\d.]+% \|$",
-            text,
-            re.MULTILINE,
-        )
-    )
-    assert float(scores["good"]) == pytest.approx(0, abs=1e-3)
-    assert float(scores["good"]) < float(scores["real training images"]) < float(scores["bad"])
+    rows = re.findall(r"^\| ([^|]+) \|.*?((?: -?[\d.]+% \|){4}) ([\d.]+) \|", text, re.MULTILINE)
+    scores = {name: [float(x) for x in re.findall(r"-?[\d.]+", cells)] for name, cells, _ in rows}
+    floors = [f"100 real training images, {how} (floor)" for how in ("balanced", "at random")]
+    assert list(scores) == ["good", "bad", *floors]
+    assert scores["good"] == pytest.approx([0] * 4, abs=0.1)
+    for floor in floors:
+        assert all(a < b < c for a, b, c in zip(*(scores[x] for x in ("good", floor, "bad"))))
     assert "| good | 2.00 M | 1.5 | much | euler: 12 |" in text and "![" in text
     rows = json.loads((tmp_path / "time_to_quality.json").read_text())
     assert [row["model"] for row in rows] == ["good", "bad", *(f"reference: {x}" for x in floors)]

@@ -242,6 +242,13 @@ def parts_of_elbo(script, autoencoder, images):
     return autoencoder.decoder(mean + log_variance.exp().sqrt() * noise), mean, log_variance
 
 
+def elbo_of(script, autoencoder, images, kl_weight=1.0):
+    """The negative ELBO, whose parts are those of likelihood and divergence."""
+    parts = script.negative_elbo(autoencoder, images, rng_of(script), kl_weight=kl_weight)
+    assert list(parts) == ["-log p(x | z)", "KL divergence"]
+    return sum(parts.values())
+
+
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, 0.3])
 def test_elbo_is_made_of_the_densities_of_torch(script, autoencoder, images, kl_weight):
     with torch.no_grad():
@@ -251,7 +258,7 @@ def test_elbo_is_made_of_the_densities_of_torch(script, autoencoder, images, kl_
         kl = kl_divergence(posterior, prior).sum(dim=(1, 2, 3))
         assert (kl > 1).all()
         expected = (kl_weight * kl - likelihood).mean()
-        loss = script.negative_elbo(autoencoder, images, rng_of(script), kl_weight=kl_weight)
+        loss = elbo_of(script, autoencoder, images, kl_weight)
     torch.testing.assert_close(784 * loss, expected, rtol=1e-5, atol=0)
 
 
@@ -260,17 +267,17 @@ def test_elbo_is_least_at_the_scale_of_the_error(script, autoencoder, images):
     with torch.no_grad():
         error = (images - parts_of_elbo(script, autoencoder, images)[0]).abs().mean()
         autoencoder.log_scale.copy_(error.log())
-    script.negative_elbo(autoencoder, images, rng_of(script), kl_weight=1.0).backward()
+    elbo_of(script, autoencoder, images).backward()
     assert autoencoder.log_scale.grad.abs() < 1e-5
     autoencoder.zero_grad()
     with torch.no_grad():
         autoencoder.log_scale += 0.1
-    script.negative_elbo(autoencoder, images, rng_of(script), kl_weight=1.0).backward()
+    elbo_of(script, autoencoder, images).backward()
     assert autoencoder.log_scale.grad > 0.05
 
 
 def test_gradient_reaches_every_parameter(script, autoencoder, images):
-    script.negative_elbo(autoencoder, images, rng_of(script), kl_weight=1.0).backward()
+    elbo_of(script, autoencoder, images).backward()
     assert without_gradient(autoencoder) == []
     denoiser = perturb(script.ConditionalLatentUNet(latent_channels=3, width=16))
     latents, classes = torch.randn(11, 3, 7, 7), script.class_weights(torch.arange(11))

@@ -4,8 +4,8 @@ Its weights (``feature_extractor.pt``, beside this file) are frozen: every quali
 repository is measured in the space of its penultimate features, so other weights would mean other
 numbers. Each load checks their SHA-256.
 
-    python tests/benchmarks/feature_extractor.py            # accuracy of the committed weights
-    python tests/benchmarks/feature_extractor.py --train    # how they were trained; writes output/feature_extractor.pt
+    python tests/benchmarks/feature_extractor.py            accuracy of the committed weights
+    python tests/benchmarks/feature_extractor.py --train    how they were trained, into output/
 
 Trained with random shifts and mirrored garments. Shoes all face one way and are not mirrored, so
 that a generator which mirrors them is seen to. The last 5,000 training images are the validation
@@ -39,9 +39,9 @@ GARMENTS = torch.tensor([0, 1, 2, 3, 4, 6])  # T-shirt, trouser, pullover, dress
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the training images scaled to [0, 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_idx(path):
@@ -79,15 +79,17 @@ def load_split(data_dir=DEFAULT_DATA_DIR, train=True):
     folder, prefix = Path(data_dir) / "FashionMNIST" / "raw", "train" if train else "t10k"
     arrays = []
     for name in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
-        # The archive comes first: gzip verifies its CRC, whereas an unpacked file may be the remains of a killed run.
+        # The archive comes first: gzip verifies its CRC, whereas an unpacked file may be what a
+        # killed run left.
         paths = [folder / f"{name}.gz", folder / name]
         if not any(path.exists() for path in paths):
             try:
                 download(data_dir)
             except (OSError, RuntimeError) as error:
                 raise RuntimeError(
-                    f"{folder} lacks {name}.gz, and downloading failed ({error}). Put the archives of Fashion-MNIST"
-                    " there: images and labels, train and t10k, from github.com/zalandoresearch/fashion-mnist"
+                    f"{folder} lacks {name}.gz, and downloading failed ({error}). Put the archives "
+                    "of Fashion-MNIST there: images and labels, train and t10k, from "
+                    "github.com/zalandoresearch/fashion-mnist"
                 ) from error
         arrays.append(read_idx(next(path for path in paths if path.exists())))
     return torch.from_numpy(arrays[0].copy()), torch.from_numpy(arrays[1].astype(np.int64))
@@ -108,9 +110,9 @@ def to_input(images):
     return ((images - PIXEL_MEAN) / PIXEL_STD).contiguous(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class ConvNormReLU(nn.Sequential):
@@ -155,9 +157,9 @@ class FeatureExtractor(nn.Module):
         return features, self.classifier(features)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Use
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -172,8 +174,8 @@ def load_feature_extractor(path=WEIGHTS_PATH):
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != WEIGHTS_SHA256:
         raise RuntimeError(
-            f"{path} has SHA-256 {found}, expected {WEIGHTS_SHA256}: these are not the weights that the published"
-            " figures were measured with; check the file out again"
+            f"{path} has SHA-256 {found}, expected {WEIGHTS_SHA256}: these are not the weights "
+            "that the published figures were measured with; check the file out again"
         )
     model = FeatureExtractor()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -204,9 +206,9 @@ def accuracy(model, images, labels):
     return (extract(images, model=model)[1].argmax(1) == labels).double().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def augment(x, labels, generator, max_shift=2):
@@ -268,7 +270,8 @@ def train(data_dir, output, epochs, batch_size=128, learning_rate=0.1, weight_de
         validated = accuracy(model.eval(), *validation)
         seconds = time.perf_counter() - start
         print(
-            f"epoch {epoch:2d}  loss {total / steps:.4f}  validation {validated:.2%}  {seconds:.0f} s",
+            f"epoch {epoch:2d}  loss {total / steps:.4f}  validation {validated:.2%}  "
+            f"{seconds:.0f} s",
             flush=True,
         )
 
@@ -312,9 +315,8 @@ def main():
             return
         model = load_feature_extractor()
         images, labels = load_split(args.data_dir, train=True)
-        print(
-            f"validation accuracy {accuracy(model, images[-VALIDATION_SIZE:], labels[-VALIDATION_SIZE:]):.2%}"
-        )
+        validation = images[-VALIDATION_SIZE:], labels[-VALIDATION_SIZE:]
+        print(f"validation accuracy {accuracy(model, *validation):.2%}")
         print(f"test accuracy {accuracy(model, *load_split(args.data_dir, train=False)):.2%}")
     except (RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
