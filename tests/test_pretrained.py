@@ -76,10 +76,17 @@ def test_pretrained_weights_leave_the_own_run_alone(alone, tmp_path, undisturbed
         assert file["arr_0"].shape == (10, 28, 28, 1)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--sample-only", "--quick"]])
-def test_pretrained_is_for_sampling_only(arguments, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "--pretrained and --run-dir go with --sample-only"),
+        (["--sample-only", "--quick"], "--pretrained goes neither with --quick nor with --run-dir"),
+        (["--sample-only", "--run-dir=x"], "--pretrained goes neither with --quick nor with"),
+    ],
+)
+def test_pretrained_is_for_sampling_only(arguments, reason, tmp_path):
     asked = [f"--output-dir={tmp_path / 'output'}", "--pretrained", *arguments]
-    assert "--pretrained goes with --sample-only" in refusal(load_script(SCRIPT_V3), asked)
+    assert reason in refusal(load_script(SCRIPT_V3), asked)
     assert not (tmp_path / "output").exists()
 
 
@@ -121,7 +128,10 @@ def test_a_run_does_not_go_on_from_slim_weights(repository, tiny_data_dir):
     pretrained.main(["LatentDiffusionModel/v3"], repository=repository)
     module = load_script(SCRIPT_V3)
     folder = repository / "LatentDiffusionModel" / "v3" / "pretrained"
-    assert "does not fit" in refusal(module, flags(module, folder, tiny_data_dir))
+    weights = (folder / "checkpoints" / "last.pt").read_bytes()
+    reason = refusal(module, flags(module, folder, tiny_data_dir))
+    assert "the checkpoint was written by another release: see --fresh" in reason
+    assert (folder / "checkpoints" / "last.pt").read_bytes() == weights
 
 
 @pytest.mark.parametrize("damaged", [True, False])

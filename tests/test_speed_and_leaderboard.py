@@ -2,6 +2,7 @@
 minutes."""
 
 import argparse
+import copy
 import csv
 import dataclasses
 import json
@@ -90,21 +91,31 @@ def test_the_step_holds_the_work_of_the_loop_and_the_bare_step_does_not(quick_fl
     assert min(last["step"]) < 0.2 + 0.3 <= 0.2 + min(last["peer"])  # nor that of the peers
 
 
-def test_the_bare_step_trains_a_copy():
-    script = SimpleNamespace(arithmetic=lambda device: torch.autocast("cpu", enabled=False))
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_bare_step_trains_a_copy(parts, script_v3):
     model = nn.Linear(3, 1)
     before = model.weight.detach().clone()
     losses = []
 
     def loss(model, x, rng):
         losses.append(rng * model(x).square().mean())
-        return losses[-1]
+        return losses[-1] if parts == 1 else {"a": losses[-1] / 4, "b": 3 * losses[-1] / 4}
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = speed.bare_step(script, SimpleNamespace(network=model, optimizer=optimizer, loss=loss))
+    step = speed.bare_step(
+        script_v3, SimpleNamespace(network=model, optimizer=optimizer, loss=loss)
+    )
     for _ in range(3):
         step([torch.ones(4, 3)], 1.0)
     assert losses[0] > losses[1] > losses[2]
+    expected = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for each in losses:  # by both parts of the loss
+        value = expected(torch.ones(4, 3)).square().mean()
+        torch.testing.assert_close(each, value, rtol=0.02, atol=0.02)  # it may be in bfloat16
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
     assert torch.equal(model.weight, before) and model.weight.grad is None
 
 
@@ -332,7 +343,7 @@ def test_data_that_cannot_be_had_get_one_line_and_status_2(no_network, tmp_path,
     assert (
         stop.value.code == 2
         and len(err.splitlines()) == 1
-        and err.startswith("error: cannot read Fashion-MNIST")
+        and err.startswith("error: cannot get Fashion-MNIST")
     )
 
 

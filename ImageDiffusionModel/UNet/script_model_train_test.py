@@ -1103,8 +1103,9 @@ class Stage:
 
     def restore(self, state: dict) -> None:
         """The inverse of `state`. Raises ExperimentError if the state does not fit."""
-        if not {"step", "loss_sums", "seconds"} <= state.keys():
-            raise ExperimentError("the checkpoint was written by another release: see --fresh")
+        if state.keys() != self.state().keys():
+            message = "the checkpoint was written by another release: choose another --output-dir, "
+            raise ExperimentError(f"{message}or start over with --fresh")
         for name, part in self.parts.items():
             load_state(part, state.get(name))
         self.step, self.loss_sums = state["step"], state["loss_sums"]
@@ -1190,11 +1191,15 @@ class Run:
             save_page(self.models, self.output)
 
     def save(self) -> None:
-        """Writes a checkpoint, and the history as metrics.csv, a row an epoch."""
+        """Writes a checkpoint, and metrics.csv."""
         config = {name: getattr(self.config, name) for name in stored_settings("match", "keep")}
         stages = {name: stage.state() for name, stage in self.stages.items()}
         content = CHECKPOINT | {"config": config, "stages": stages, "history": self.history}
         save_checkpoint(content, self.output / "checkpoints")
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """Writes the history as metrics.csv, a row an epoch."""
         text, how = io.StringIO(), {"extrasaction": "ignore", "lineterminator": "\n"}
         writer = csv.DictWriter(text, METRICS, **how)
         writer.writeheader()
@@ -1986,6 +1991,8 @@ def run_training(given: dict, request: argparse.Namespace, output: Path) -> Mode
     if request.fresh and rank() == 0:
         move_aside(output)
     run = Run(config, data, output, checkpoint)
+    if rank() == 0:
+        run.write_metrics()  # a kill may have come between a checkpoint and its row
     train_stages(run, run.models, data)
     save_all_figures(run.models, data, output)
     return run.models

@@ -5,8 +5,9 @@
 
 Of each figure the newest one is taken, and its name loses the epoch; strip.png is the first ten
 samples of samples.npz, one of each class where there are classes, and real_and_generated.png the
-first sixty beside as many test images. Animations are scaled down, everything is stored in as few
-bits as show no difference, and what an older run left in the gallery goes. Warns above 4 MB.
+first sixty beside as many test images. Animations are halved in size and given as many greys as a
+gallery of 3 MB has room for, coloured figures 256 colours, and what an older run left in the
+gallery goes. The run's page, index.html, stays where it is. Warns above 3 MB.
 """
 
 import argparse
@@ -28,8 +29,10 @@ FIGURES = (
     "*/*_epoch_*.png",
     "*/*_epoch_*.gif",
 )
-ANIMATION_WIDTH = 140  # pixels: five a pixel of the image
-LIMIT = 4 * 2**20  # bytes of a gallery
+ANIMATION_WIDTH = 112  # pixels: four a pixel of the image, half of what the scripts draw
+ANIMATION_GREYS = (32, 24, 16, 12, 8)  # the first that LIMIT has room for
+FIGURE_GREYS = 64  # of the 256 colours of a figure; the others are for what is not grey
+LIMIT = 3 * 10**6  # bytes of a gallery
 
 
 def newest_figures(output):
@@ -46,22 +49,43 @@ def newest_figures(output):
     return {name: max(paths)[1] for name, paths in newest.items()}
 
 
+def reduce_colours(image):
+    """An RGB image in 256 colours: greys in equal steps, the others chosen by what the image's own
+    colours need, so that no amount of grey crowds out a legend's dot."""
+    colours, places = np.unique(np.asarray(image).reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colours) > 256:
+        pixels = colours[places.ravel()]
+        coloured = pixels[pixels.min(axis=1) < pixels.max(axis=1)]
+        chosen = Image.fromarray(coloured[None]).quantize(256 - FIGURE_GREYS, kmeans=1)
+        greys = np.linspace(0, 255, FIGURE_GREYS).round().repeat(3).reshape(-1, 3)
+        palette = np.concatenate([greys, np.reshape(chosen.getpalette(), (-1, 3))])
+        distances = np.square(colours[:, None].astype(int) - palette).sum(axis=2)
+        places = distances.argmin(axis=1)[places.ravel()]
+    else:
+        palette = colours
+    reduced = Image.fromarray(places.reshape(image.height, image.width).astype(np.uint8))
+    reduced.putpalette(palette.astype(np.uint8).tobytes())
+    return reduced
+
+
 def save_still(source, target):
-    """Write a PNG again: grey where it is grey, without the alpha that no figure uses."""
+    """Write a PNG again: grey where it is grey, else in 256 colours, without the alpha that no
+    figure uses."""
     image = Image.open(source).convert("RGB")
     red, green, blue = image.split()
-    image = red if red.tobytes() == green.tobytes() == blue.tobytes() else image
-    image.save(target, optimize=True)
+    grey = red.tobytes() == green.tobytes() == blue.tobytes()
+    (red if grey else reduce_colours(image)).save(target, optimize=True)
 
 
-def save_animation(source, target, width=ANIMATION_WIDTH):
-    """Write a GIF of greys again, scaled to ``width``; timing and loop stay."""
+def save_animation(source, target, greys):
+    """Write a GIF again in so many greys, scaled to ``ANIMATION_WIDTH``; timing and loop stay."""
     with Image.open(source) as animation:
-        size = width, round(animation.height * width / animation.width)
+        size = ANIMATION_WIDTH, round(animation.height * ANIMATION_WIDTH / animation.width)
         frames, durations = [], []
         for frame in ImageSequence.Iterator(animation):
             durations.append(frame.info["duration"])
-            frames.append(frame.convert("L").resize(size, Image.Resampling.BOX).quantize(32))
+            small = frame.convert("L").resize(size, Image.Resampling.BOX)
+            frames.append(small.quantize(greys))
         loop = animation.info["loop"]
     frames[0].save(
         target,
@@ -114,19 +138,25 @@ def save_samples(path, version, data_dir, gallery):
 
 
 def build_gallery(output, gallery, version, data_dir):
-    """Fill a gallery from an output folder. Returns its bytes; raises ValueError where figures or
-    samples lack."""
+    """Fill a gallery from an output folder. Returns its bytes, above ``LIMIT`` only where even the
+    fewest greys are too many; raises ValueError where figures or samples lack."""
     figures, samples = newest_figures(output), output / "samples.npz"
     if not figures or not samples.is_file():
         raise ValueError(f"{output} holds no {'samples.npz' if figures else 'figures'}")
     gallery.mkdir(exist_ok=True)
     for path in gallery.iterdir():
         path.unlink()
-    for name, path in figures.items():
-        save = save_animation if path.suffix == ".gif" else save_still
-        save(path, gallery / name)
+    animations = {name: path for name, path in figures.items() if path.suffix == ".gif"}
+    for name in figures.keys() - animations.keys():
+        save_still(figures[name], gallery / name)
     save_samples(samples, version, data_dir, gallery)
-    return sum(path.stat().st_size for path in gallery.iterdir())
+    for greys in ANIMATION_GREYS if animations else (None,):
+        for name, path in animations.items():
+            save_animation(path, gallery / name, greys)
+        size = sum(path.stat().st_size for path in gallery.iterdir())
+        if size <= LIMIT:
+            break
+    return size
 
 
 def main(argv=None, repository=speed.REPOSITORY):
@@ -149,9 +179,9 @@ def main(argv=None, repository=speed.REPOSITORY):
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{gallery}: {size / 2**20:.1f} MB")
+    print(f"{gallery}: {size / 1e6:.2f} MB")
     if size > LIMIT:
-        print(f"warning: above the limit of {LIMIT / 2**20:g} MB", file=sys.stderr)
+        print(f"warning: above the limit of {LIMIT / 1e6:g} MB", file=sys.stderr)
 
 
 if __name__ == "__main__":
