@@ -134,7 +134,8 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
             assert run(module, flags(module, output, tiny_data_dir, **SHORT)) == 1
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1, error
-        assert "No space left on device" in error and str(output) in error
+        assert "No space left on device" in error
+        assert str(output) in error or operation == "fsync"  # which may be the folder's
         assert "last.pt" in readable(module, output)
         assert metrics_are_whole(output)
         assert list(output.rglob("*.tmp")) == []  # half a file would only fill the disk further
