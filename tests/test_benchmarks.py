@@ -310,6 +310,7 @@ def test_a_floor_is_scored_once_and_kept(tiny, monkeypatch):
 def test_validation_scores_against_the_validation_images(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(fe, "VALIDATION_SIZE", 250)
     monkeypatch.setattr(quality, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr(quality.class_free, "DIRECTIONS", 16)  # only which images matters here
     write_tiny_data(tmp_path, train=650, test=200)
     images, labels = fe.load_split(tmp_path, train=True)
     held_out, held_out_labels = images[-250:], labels[-250:]

@@ -11,7 +11,7 @@ import damage
 import export_png
 import feature_extractor as fe
 import quality
-from conftest import draw_shapes
+from conftest import REPOSITORY, draw_shapes
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,9 @@ def test_each_kind_of_damage_has_its_row(small_reference, scored_data_dir, capsy
     cells = [line.strip("| ").split(" | ") for line in lines[2:]]
     assert [row[0] for row in cells] == [words for words, *_ in kinds]
     assert len({row[0] for row in cells}) == len(cells)
+    readme = (REPOSITORY / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    published = readme.partition(lines[0])[2].strip().partition("\n\n")[0].splitlines()[1:]
+    assert [line.strip("| ").split(" | ")[0] for line in published] == [row[0] for row in cells]
     worst = 1 + list(damage.COLUMNS).index("worst")
     values = {row[0]: float(row[worst].rstrip("%")) for row in cells}
     assert max(values, key=values.get) == "nothing but noise"

@@ -121,7 +121,7 @@ def test_kill_at_any_file_operation_of_a_save(module, short, tiny_data_dir, tmp_
 def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     module, short, tiny_data_dir, tmp_path, capsys, operation
 ):
-    """At each moment after the first save: metrics.csv, the second checkpoint, its metrics.csv."""
+    """At each moment after the first save; metrics.csv, which can be made again, ends no run."""
     expected, names = short
     after = range(saves(names)[0], len(names))
     numbers = [number for number in after if names[number].startswith(operation)]
@@ -131,9 +131,12 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
         capsys.readouterr()
         with pytest.MonkeyPatch.context() as patch:
             fail_at(patch, module, number, full)
-            assert run(module, flags(module, output, tiny_data_dir, **SHORT)) == 1
-        error = capsys.readouterr().err
-        assert len(error.splitlines()) == 1, error
+            status = run(module, flags(module, output, tiny_data_dir, **SHORT))
+        printed, error = capsys.readouterr()
+        if f"warning: cannot write {output / 'metrics.csv'}" in printed:  # can be made again
+            assert (status, error) == (0, "")
+            continue
+        assert status == 1 and len(error.splitlines()) == 1, error
         assert "No space left on device" in error
         assert str(output) in error or operation == "fsync"  # which may be the folder's
         assert "last.pt" in readable(module, output)
@@ -328,7 +331,7 @@ def test_checkpoint_of_something_else_is_refused(module, whole, tiny_data_dir, o
     if kind == "scheduler":
         stages["diffusion"]["scheduler"] = {"last_epoch": 9}
     elif kind == "counts":
-        del stages["diffusion"]["loss_sum"]
+        del stages["diffusion"]["loss_sums"]
     elif kind == "weights":
         settings = settings | {"width": 2 * settings["width"]}
     elif kind == "fields":
@@ -342,8 +345,9 @@ def test_checkpoint_of_something_else_is_refused(module, whole, tiny_data_dir, o
     sampled = kind in ("scheduler", "counts")  # what samples need is there
     for arguments in [training] if sampled else [training, [*training, "--sample-only"]]:
         line = refusal(module, arguments)
-        wanted = {"script": "ImageDiffusionModel/CNN", "fields": "settings", "format": "release"}
-        assert wanted.get(kind, "release" if kind == "parts" else "does not fit") in line
+        wanted = {"script": "ImageDiffusionModel/CNN", "fields": "settings"}
+        wanted |= dict.fromkeys(("format", "parts", "scheduler", "counts"), "another release")
+        assert wanted.get(kind, "does not fit") in line
         assert "--output-dir" in line or "--fresh" in line
     assert (output / "checkpoints" / "last.pt").read_bytes() == before
 

@@ -229,7 +229,7 @@ def test_no_data_and_no_network_names_the_files_and_the_folder(module, no_networ
         assert part in line
 
 
-@pytest.mark.parametrize("name", ARCHIVES)
+@pytest.mark.parametrize("name", ARCHIVES[:2])  # the test split is never read
 @pytest.mark.parametrize("kind", ["missing", "truncated", "wrong MD5"])
 def test_damaged_archive_is_named_and_a_good_one_works(
     module, no_network, tiny_archives, data, tmp_path, kind, name
@@ -263,7 +263,7 @@ def test_unreadable_data_is_named(module, no_network, data, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["cut short", "empty", "wrong kind"])
 @pytest.mark.parametrize("number", [0, 1])
-def test_damaged_unpacked_file_is_unpacked_again(
+def test_damaged_unpacked_file_is_read_from_its_archive(
     module, no_network, tiny_archives, data, capsys, kind, number
 ):
     path = data / ARCHIVES[number].removesuffix(".gz")
@@ -271,8 +271,7 @@ def test_damaged_unpacked_file_is_unpacked_again(
     bad = {"cut short": good[:-1], "empty": b"", "wrong kind": b"\0\0\x0d" + good[3:]}
     path.write_bytes(bad[kind])
     assert load(module, data) == 640
-    assert path.read_bytes() == good
-    assert str(path) in capsys.readouterr().out
+    assert f"{path} is damaged" in capsys.readouterr().out
 
 
 def test_damaged_unpacked_file_without_its_archive_is_named(

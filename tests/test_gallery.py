@@ -117,14 +117,16 @@ def test_animation_keeps_frames_timing_and_loop(output, tmp_path, tiny_data_dir)
 def test_a_legend_keeps_its_colours_beside_many_greys_and_faint_ones():
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (300, 300, 1), np.uint8).repeat(3, axis=2)
-    picture[:100] = 255 - rng.integers(0, 40, (100, 300, 3))  # pale points
     legend = (np.array(matplotlib.colormaps["tab10"].colors) * 255).round().astype(np.uint8)
+    strength = 0.35 * rng.integers(0, 20, (100, 300, 1)) / 19  # of pale points and their edges
+    pale = strength * legend[rng.integers(0, 10, (100, 300))] + (1 - strength) * 255
+    picture[:100] = pale.round()
     for place, colour in enumerate(legend):
         picture[290:298, 20 * place : 20 * place + 8] = colour
     reduced = gallery.reduce_colours(Image.fromarray(picture))
     assert reduced.mode == "P" and len(reduced.getcolors()) <= 256
     difference = np.abs(np.asarray(reduced.convert("RGB")).astype(int) - picture)
-    assert difference[100:290].max() <= 2 and difference[:100].mean() < 5
+    assert difference[100:290].max() <= 2 and difference[:100].max() <= 8
     assert difference[290:298].reshape(8, -1, 20, 3)[:, :10, :8].max() <= 4
 
 

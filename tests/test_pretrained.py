@@ -130,7 +130,7 @@ def test_a_run_does_not_go_on_from_slim_weights(repository, tiny_data_dir):
     folder = repository / "LatentDiffusionModel" / "v3" / "pretrained"
     weights = (folder / "checkpoints" / "last.pt").read_bytes()
     reason = refusal(module, flags(module, folder, tiny_data_dir))
-    assert "the checkpoint was written by another release: see --fresh" in reason
+    assert "the checkpoint was written by another release" in reason
     assert (folder / "checkpoints" / "last.pt").read_bytes() == weights
 
 

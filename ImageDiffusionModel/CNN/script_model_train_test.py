@@ -39,12 +39,12 @@ def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=Non
 class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
-    epochs: int = option(14, "epochs", 1, 100_000, gpu=200, quick=2, resume="keep")
-    batch_size: int = option(16, "images a step", 1, 4096)
+    epochs: int = option(14, "epochs", 1, 100_000, gpu=180, quick=2, resume="keep")
+    batch_size: int = option(16, "images a step", 1, 4096, gpu=256)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(48, "channels at 14x14; twice that at 7x7", 8, 512, multiple=8, quick=16)
     blocks: int = option(4, "residual blocks at 7x7", 1, 100, quick=2)
-    ema_decay: float = option(0.998, "decay of the averaged weights a step", 0.0, 0.999999)
+    ema_decay: float = option(0.998, "decay of the averaged weights", 0.0, 0.999999, gpu=0.9995)
     # samples
     sampler: str = option(
         "ddim", "DDPM's is ancestral", choices=("ddim", "ancestral"), resume="keep"
@@ -711,52 +711,53 @@ class Data(NamedTuple):
 
 
 def read_idx(raw: Path, name: str) -> np.ndarray | None:
-    """The array in an unpacked file of the data set, else in its archive; None without a good
-    one."""
-    md5, archive = dict(FashionMNIST.resources)[f"{name}.gz"], raw / f"{name}.gz"
-    content = (raw / name).read_bytes() if (raw / name).exists() else b""
-    for packed in (False, True):
-        if packed and archive.exists():
-            bytes_there = archive.read_bytes()
-            found = hashlib.md5(bytes_there, usedforsecurity=False).hexdigest()
-            if found != md5:
-                print(f"warning: {archive} is damaged: its MD5 is {found}, not {md5}")
-                continue
-            content = gzip.decompress(bytes_there)
-        header = np.frombuffer(content[:16].ljust(16, b"\0"), ">i4")
-        shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]), np.zeros(0, int))
-        start = 4 + 4 * len(shape)
-        if len(shape) and len(content) == start + int(np.prod(shape, dtype=np.int64)):
-            return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-        if content and not packed:
-            print(f"warning: {raw / name} is damaged, reading the archive")
-    return None
+    """The array in an unpacked file of the data set, else in its archive, if one is good."""
+    unpacked, archive = raw / name, raw / f"{name}.gz"
+    if unpacked.exists():
+        array = idx_array(unpacked.read_bytes())
+        if array is not None:
+            return array
+        print(f"warning: {unpacked} is damaged, reading its archive")
+    if not archive.exists():
+        return None
+    content, md5 = archive.read_bytes(), dict(FashionMNIST.resources)[archive.name]
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != md5:
+        print(f"warning: {archive} is damaged: its MD5 is {found}, not {md5}")
+        return None
+    return idx_array(gzip.decompress(content))
+
+
+def idx_array(content: bytes) -> np.ndarray | None:
+    """The array in an idx file of bytes, or None if its size is not what its header says."""
+    header = np.frombuffer(content[:16].ljust(16, b"\0"), ">i4")
+    shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]))
+    if shape is None or len(content) != 4 + 4 * len(shape) + int(np.prod(shape, dtype=np.int64)):
+        return None
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
 def read_training_files(folder: Path) -> list[np.ndarray]:
     """The images and labels of the training split, downloaded if they are not there; of several
     runs that start at once, one downloads, the others wait."""
-    raw = folder / "FashionMNIST" / "raw"
-    arrays = [read_idx(raw, name) for name in TRAINING_FILES]
-    if all(array is not None for array in arrays):
-        return arrays
-    socket_timeout = socket.getdefaulttimeout()
-    bars = (
-        contextlib.nullcontext()
-        if sys.stderr.isatty()
-        else contextlib.redirect_stderr(io.StringIO())
-    )
+    raw, before = folder / "FashionMNIST" / "raw", socket.getdefaulttimeout()
+    bars = contextlib.redirect_stderr(io.StringIO())  # torchvision's, which are no plain lines
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else bars
     try:
+        arrays = [read_idx(raw, name) for name in TRAINING_FILES]
+        if all(array is not None for array in arrays):
+            return arrays
         raw.mkdir(parents=True, exist_ok=True)
         with open(raw / ".lock", "w") as lock, bars:
+            print(f"getting Fashion-MNIST into {raw}, after any other run that is at it")
             if fcntl is not None:
-                print(f"getting Fashion-MNIST into {raw}, after any other run that is at it")
                 fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees it when a run is killed
             if any(read_idx(raw, name) is None for name in TRAINING_FILES):
                 for name in TRAINING_FILES:  # torchvision looks at the name only
                     (raw / name).unlink(missing_ok=True)
                 socket.setdefaulttimeout(60)  # torchvision sets none
                 FashionMNIST(folder, train=True, download=True)
+        return [read_idx(raw, name) for name in TRAINING_FILES]
     except (RuntimeError, OSError, HTTPException) as error:
         names = ", ".join(name for name, _ in FashionMNIST.resources)
         raise ExperimentError(
@@ -764,8 +765,7 @@ def read_training_files(folder: Path) -> list[np.ndarray]:
             f"put whole copies of {names} from github.com/zalandoresearch/fashion-mnist into {raw}"
         ) from None
     finally:
-        socket.setdefaulttimeout(socket_timeout)
-    return [read_idx(raw, name) for name in TRAINING_FILES]
+        socket.setdefaulttimeout(before)
 
 
 def load_fashion_mnist(config: Settings, device: torch.device) -> Data:
@@ -1467,11 +1467,11 @@ class Trajectories(NamedTuple):
     captions: list[str]  # S + 1
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, write: Callable = write_figure) -> None:
     """Saves a figure as PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100, bbox_inches="tight", pad_inches=0.1)
-    write_figure(path, content.getvalue())
+    write(path, content.getvalue())
 
 
 def draw_grid(axes, images: Tensor, rows: list[str], columns: list[str]) -> None:
@@ -1484,13 +1484,16 @@ def draw_grid(axes, images: Tensor, rows: list[str], columns: list[str]) -> None
     axes.spines[:].set_visible(False)
 
 
-def save_grid(path: Path, images: Tensor, rows: list[str], columns: list[str], title: str) -> None:
+def save_grid(
+    path: Path, images: Tensor, rows: list[str], columns: list[str], title: str,
+    write: Callable = write_figure,
+) -> None:  # fmt: skip
     """Saves a grid as `draw_grid` draws it, with a title."""
     figure = Figure(figsize=(0.62 * images.shape[1], 0.62 * images.shape[0]))
     axes = figure.add_axes((0, 0, 1, 1))
     draw_grid(axes, images, rows, columns)
     axes.set_title(title, fontsize=10)
-    save_figure(figure, path)
+    save_figure(figure, path, write)
 
 
 def save_loss_curves(history: list[dict], path: Path) -> None:
@@ -1734,8 +1737,8 @@ def save_requested_samples(models: Models, request: argparse.Namespace, output: 
     blanks = images.new_full((-len(images) % columns, 1, 28, 28), 96)
     images = torch.cat([images, blanks]).unflatten(0, (-1, columns))
     name = "samples.png" if request.label is None else f"samples_{re.sub('[/ ]', '-', title)}.png"
-    path = output / "samples" / name
-    save_grid(path, images, [], [], f"{title}, seed {models.config.sampling_seed}")
+    path, title = output / "samples" / name, f"{title}, seed {models.config.sampling_seed}"
+    save_grid(path, images, [], [], title, write=write_atomically)  # asked for: a failure is one
     print(f"samples: {path}")
 
 

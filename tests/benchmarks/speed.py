@@ -397,7 +397,8 @@ class Sampler:
 
 def measure_figures(path, flags, folder, repeats, device):
     """Seconds for the ten GIFs and ten path figures of a version, with the sampling of their
-    trajectories and the encoding of the validation images that they lie among: a list.
+    trajectories, the encoding of the validation images that they lie among, and the page's file of
+    paths: a list.
 
     ``folder`` is an output folder with a checkpoint.
     """
