@@ -9,6 +9,8 @@ import copy
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import SCRIPT_V3, load_script
 from networks import perturb, rng_of, stages_of, tiny_models
@@ -123,3 +125,58 @@ def test_the_gpu_with_a_number_is_the_one_that_is_meant(name, chosen, monkeypatc
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
     assert str(script.pick_device(name)) == name
     assert current == chosen
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the operations that are carried out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.names.append(operation.overloadpacket._qualified_op_name)
+        return operation(*arguments, **(options or {}))
+
+
+# What makes the host wait for a device, and what sends it numbers made on the host.
+WAITING = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+SENDING = {"aten::lift_fresh", "aten::lift"}
+
+
+def test_the_recorder_sees_a_wait_and_a_copy():
+    """The ruler of the next tests."""
+    with Recorder() as recorder:
+        float(torch.ones(2).sum()), torch.tensor([1.0])
+    assert WAITING & {*recorder.names} and SENDING & {*recorder.names}
+
+
+@every_script
+def test_a_training_step_neither_waits_for_the_device_nor_sends_it_anything(module, stages):
+    for name, planned in stages.items():
+        average = AveragedModel(planned.network).eval()
+        plan = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "ema_decay": 0.9}
+        stage = module.Stage(name, planned.network, average, planned.loss, 40, **plan)
+        batch = [array[:4] for array in planned.arrays]
+        module.train_step(stage, batch, module.Rng(0, CPU))  # makes the optimizer's state
+        stage.step += 1
+        rng = module.Rng(1, CPU)
+        with Recorder() as recorder:
+            module.train_step(stage, batch, rng)
+        assert not {*recorder.names} & (WAITING | SENDING), name
+        before = [weight.clone() for weight in stage.averaged_weights]
+        stage.update_average()
+        assert any(not torch.equal(a, b) for a, b in zip(before, stage.averaged_weights))
+
+
+@every_script
+def test_the_steps_of_a_sampler_send_the_device_nothing(module):
+    models = tiny_models(module, sampling_steps=4)
+    labels = module.labels_in_turn(4, CPU)
+    noise, classes = module.noise_of_samples(models, range(4))(), module.class_weights(labels)
+    counts = []
+    for steps in (4, 8):
+        with Recorder() as recorder:
+            module.last_state(models, noise, classes, steps)
+        counts.append(sum(name in WAITING | SENDING for name in recorder.names))
+    assert counts[0] == counts[1]  # once a call, if at all

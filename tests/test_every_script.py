@@ -8,6 +8,7 @@ The harness, which the scripts share, is tested in detail once, on LatentDiffusi
 
 import csv
 import dataclasses
+import inspect
 import itertools
 import random
 import re
@@ -262,6 +263,11 @@ def test_networks_keep_parameters_and_statistics_alone_and_have_no_dropout(modul
 # What the animations and the paths are drawn from
 
 
+def note(function, calls, *args):
+    """Notes a call's arguments by their names instead of calling the function."""
+    calls.append(SimpleNamespace(**inspect.signature(function).bind(*args).arguments))
+
+
 @pytest.fixture(scope="module")
 def drawn(experiment, undisturbed, tiny_data_dir, tmp_path_factory):
     """The calls behind the trajectories of a model that has learnt nothing but does much, drawn
@@ -271,10 +277,8 @@ def drawn(experiment, undisturbed, tiny_data_dir, tmp_path_factory):
     perturb(models.diffusion)
     config = module.Settings(data_dir=str(tiny_data_dir))
     data = module.load_fashion_mnist(config, models.device)
-    calls, draw = (
-        SimpleNamespace(trajectories=[], animations=[], paths=[]),
-        module.draw_trajectories,
-    )
+    calls = SimpleNamespace(models=models, trajectories=[], animations=[], paths=[])
+    draw = module.draw_trajectories
 
     def watched(models, noise, classes, steps):
         result = draw(models, noise, classes, steps)
@@ -282,8 +286,8 @@ def drawn(experiment, undisturbed, tiny_data_dir, tmp_path_factory):
         return result
 
     module.draw_trajectories = watched
-    module.save_animation = lambda *args: calls.animations.append(args)
-    module.path_figure = lambda *args: calls.paths.append(args)
+    module.save_animation = partial(note, module.save_animation, calls.animations)
+    module.path_figure = partial(note, module.path_figure, calls.paths)
     module.save_figure = lambda *args: None
     for _ in range(2):
         module.save_trajectories(models, data, tmp_path_factory.mktemp("figures"))
@@ -312,24 +316,37 @@ def test_trajectories_are_deterministic(drawn):
 
 
 def test_pictures_are_of_the_subjects_and_of_the_trajectories(experiment, module, drawn):
-    call, states = drawn.trajectories[0], drawn.trajectories[0].result.states
+    call, (states, guesses, noised, captions) = drawn.trajectories[0], drawn.trajectories[0].result
     subjects = CLASSES if experiment.conditional else [f"sample {number}" for number in range(10)]
-    assert [title for _, _, _, title, _ in drawn.animations[:10]] == subjects
-    rows, rest = divmod(states.shape[1], 10)
-    assert rows > 1 and rest == 0
-    labels = [i % 10 if experiment.conditional else 10 for i in range(10 * rows)]
+    assert [animation.title for animation in drawn.animations[:10]] == subjects
+    assert states.shape[1] == 20  # two paths of each
+    labels = [i % 10 if experiment.conditional else 10 for i in range(20)]
     assert call.classes.argmax(dim=1).tolist() == labels
     assert call.noise.shape[1:] == states.shape[2:] == module.state_shape(module.Settings())
+    decoded, guessed, forward = (
+        module.decode_images(drawn.models, each) for each in (states, guesses, noised)
+    )
+    pictured, noise_pictured = module.state_pictures(states), module.state_pictures(noised)
+    parts = {"state": pictured, "image": decoded, "guess": guessed}
+    if not experiment.latent:  # the states are the pictures
+        assert torch.equal(parts.pop("image"), pictured)
+        shown = ((states + 1) * 127.5).clamp(0, 255)
+        assert (pictured - shown).abs().max() <= 0.51
     for number, path in enumerate(drawn.paths[:10]):
-        images, line, captions, scatter, classes, title, strong = path
-        assert images.shape[:2] == (rows, len(states)) and len(line) == len(captions)
-        assert len(scatter) == len(classes) == 53
-        assert subjects[number] in title and strong == labels[number]
-        animation = drawn.animations[number][0]
-        assert torch.equal(images[0], animation) and animation.dtype == torch.uint8
-        if not experiment.latent:  # the states are the pictures
-            shown = ((states[:, number] + 1) * 127.5).clamp(0, 255)
-            assert (animation - shown).abs().max() <= 0.51
+        animation, both = drawn.animations[number], (number, number + 10)
+        assert path.captions == animation.captions == captions
+        for shown, pictures in zip(animation.out, (forward, noise_pictured), strict=True):
+            assert torch.equal(shown, pictures[:, number])
+        for shown, pictures in zip(animation.back, (decoded, pictured, guessed), strict=True):
+            assert torch.equal(shown, pictures[:, number]) and shown.dtype == torch.uint8
+        assert path.rows == [f"{name} {number}" for number in (1, 2) for name in parts]
+        rows = torch.stack([pictures[:, place] for place in both for pictures in parts.values()])
+        assert torch.equal(path.images, rows)
+        last = path.images[:, -1].int()  # the guess at the last step is the sample
+        assert (last[len(parts) - 1] - decoded[-1, number].int()).abs().max() <= 1
+        assert len(path.path) == len(captions)
+        assert len(path.scatter) == len(path.labels) == 53
+        assert subjects[number] in path.titles[0] and path.strong == labels[number]
 
 
 # The command line
@@ -379,7 +396,7 @@ def test_settings_have_values_for_each_device_and_for_quick(module):
     slow, fast = (module.default_settings(torch.device(name)) for name in ("cpu", "cuda"))
     assert slow.keys() == fields.keys()
     assert slow["epochs"] < fast["epochs"]
-    assert module.default_settings(torch.device("mps")) == fast
+    assert module.default_settings(torch.device("mps")) == slow
     for device, values in (("cpu", slow), ("cuda", fast)):
         quick = module.default_settings(torch.device(device), quick=True)
         module.Settings(**values), module.Settings(**quick)  # which are within their limits

@@ -5,7 +5,10 @@ Everything is drawn once, from untrained but perturbed models, while the functio
 watched.
 """
 
+import base64
 import inspect
+import io
+import json
 import re
 from itertools import combinations
 from types import SimpleNamespace
@@ -27,11 +30,17 @@ CPU = torch.device("cpu")
 EPOCH = 3
 FILE_NAMES = [re.sub("[/ ]", "-", name) for name in CLASSES]
 LABELS = range(10)
+PARTS = {"autoencoder": ("absolute error", "perceptual distance"), "diffusion": ("loss",)}
 HISTORY = [
-    {"stage": stage, "epoch": epoch, "train_loss": 1 / epoch, "validation_loss": 1.1 / epoch}
-    for stage in ("autoencoder", "diffusion")
+    {
+        "stage": stage, "epoch": epoch, "step": 10 * epoch, "train_loss": len(parts) / epoch,
+        "validation_loss": 1.1 * len(parts) / epoch, "learning_rate": 1e-3, "seconds": 2.0,
+        "images_per_second": 300.0, "train_parts": dict.fromkeys(parts, 1 / epoch),
+        "validation_parts": dict.fromkeys(parts, 1.1 / epoch),
+    }
+    for stage, parts in PARTS.items()
     for epoch in (1, 2, 3)
-]
+]  # fmt: skip
 
 
 def watch(monkeypatch, script, name):
@@ -82,6 +91,7 @@ def surroundings(models):
 def drawn(script_v3, models, data, tmp_path_factory):
     """The folder of a full set of figures, the calls behind it, and what was around it."""
     names = ["sample", "save_animation", "path_figure", "draw_grid", "save_grid"]
+    names += ["draw_trajectories"]
     with pytest.MonkeyPatch.context() as monkeypatch:
         calls = {name: watch(monkeypatch, script_v3, name) for name in names}
         folder, before = tmp_path_factory.mktemp("figures"), surroundings(models)
@@ -91,11 +101,16 @@ def drawn(script_v3, models, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trajectories(script_v3, drawn):
-    """By class: the states (S + 1, rows, C, 7, 7) of the trajectories that its figures show."""
+    """By class: states and guesses (S + 1, paths, C, 7, 7) of the trajectories that its figures
+    show, as the sampler gave them."""
     [call] = [call for call in drawn.sample if len(call.result) == script_v3.PATH_STEPS + 1]
-    states, labels = torch.stack([state for state, _ in call.result]), call.classes.argmax(1)
+    states, guesses = (torch.stack(each) for each in zip(*call.result))
+    labels = call.classes.argmax(1)
     assert torch.equal(call.classes, script_v3.class_weights(labels))
-    return [states[:, labels == label] for label in LABELS]
+    [shown] = [each.result for each in drawn.draw_trajectories]
+    assert torch.equal(shown.states, states) and torch.equal(shown.guesses, guesses)
+    of_class = [labels == label for label in LABELS]
+    return [SimpleNamespace(states=states[:, own], guesses=guesses[:, own]) for own in of_class]
 
 
 def assert_same_pictures(a, b):
@@ -119,30 +134,53 @@ def test_drawing_leaves_generators_and_training_modes_alone(drawn):
 # The animations
 
 
+# In a frame: left, top, size
+PLACES = ((0, 30, 224), (14, 274, 84), (126, 274, 84))
+
+
+def pictures_at(place, frames):
+    """What the frames show there, (frames, 1, 28, 28) uint8."""
+    left, top, size = place
+    squares = [frame.crop((left, top, left + size, top + size)) for frame in frames]
+    return torch.from_numpy(np.stack([s.resize((28, 28), Image.NEAREST) for s in squares]))[:, None]
+
+
 @pytest.mark.parametrize("label", LABELS)
 def test_animation_is_a_sound_gif_of_its_pictures(drawn, label):
     call = drawn.save_animation[label]
-    expected = torch.cat([call.noised.flip(0), call.states[1:-1]])
-    steps = len(call.noised) - 1
+    steps = len(call.captions) - 1
     with Image.open(gif_path(drawn, label)) as gif:
         assert gif.info["loop"] == 0  # for ever
-        assert gif.n_frames == len(expected) == 2 * steps
+        assert gif.n_frames == 2 * steps
         frames, milliseconds = [], []
         for frame in ImageSequence.Iterator(gif):
             frames.append(frame.convert("L"))
             milliseconds.append(frame.info["duration"])
-    [(width, height)] = {frame.size for frame in frames}
-    assert width % 28 == 0
-    assert width < height  # a caption above a square picture
-    pictures = [frame.crop((0, height - width, width, height)) for frame in frames]
-    pictures = [picture.resize((28, 28), Image.NEAREST) for picture in pictures]
-    shown = torch.from_numpy(np.stack(pictures))[:, None]
-    assert torch.equal(shown, expected)  # whatever the caption
-    captions = [np.asarray(frame.crop((0, 0, width, height - width))) for frame in frames]
-    assert all((caption == 255).mean() > 0.5 and (caption < 100).sum() > 50 for caption in captions)
+    assert {frame.size for frame in frames} == {(224, 362)}
+    image, state, guess = (pictures_at(place, frames) for place in PLACES)
+    # what is seen there and back; the noise and the clean image are shown once
+    there, back = [part.flip(0)[:steps] for part in call.out], [part[:-1] for part in call.back]
+    assert torch.equal(image, torch.cat([there[0], back[0]]))
+    assert torch.equal(state, torch.cat([there[1], back[1]]))
+    assert (guess[:steps] == 255).all()  # on the way out there is none
+    assert torch.equal(guess[steps:], back[2])
+    words = []  # all that is no picture
+    for frame in frames:
+        for left, top, size in PLACES:
+            frame.paste(255, (left, top, left + size, top + size))
+        words.append(np.asarray(frame))
+    heads, feet = [text[:30] for text in words], [text[30:] for text in words]
+    for head in heads:
+        assert (head == 255).mean() > 0.5 and (head < 100).sum() > 50
     for index in range(1, steps):  # the same t, there and back
-        assert np.array_equal(captions[index], captions[-index])
-    assert len({caption.tobytes() for caption in captions}) == steps + 1
+        assert np.array_equal(heads[index], heads[-index])
+    assert len({head.tobytes() for head in heads}) == steps + 1
+    # below, what the small pictures are: one text on the way out, another on the way back
+    assert len({foot.tobytes() for foot in feet[:steps]}) == 1
+    assert len({foot.tobytes() for foot in feet[steps:]}) == 1
+    left, right = [(foot[:, :112], foot[:, 112:]) for foot in (feet[0], feet[-1])]
+    assert np.array_equal(left[0], right[0]) and not np.array_equal(left[1], right[1])
+    assert all((side < 100).sum() > 20 for side in (*left, *right))
     assert milliseconds[0] == max(milliseconds)
     assert 2000 < sum(milliseconds) < 10_000
 
@@ -150,32 +188,45 @@ def test_animation_is_a_sound_gif_of_its_pictures(drawn, label):
 def test_captions_name_the_class_and_the_time(script_v3, drawn):
     assert [call.title for call in drawn.save_animation] == list(script_v3.CLASS_NAMES)
     for call in drawn.save_animation:
-        times = np.linspace(1000, 0, len(call.states))
+        times = np.linspace(1000, 0, script_v3.PATH_STEPS + 1)
         assert call.captions == [f"t = {t:.0f}" for t in times]
 
 
 @pytest.mark.parametrize("label", LABELS)
 def test_animation_loops_without_a_jump(drawn, label):
     call = drawn.save_animation[label]
-    assert_same_pictures(call.noised[-1], call.states[-1])
-    assert_same_pictures(call.noised[0], call.states[0])
-    difference = call.noised[0].int() - call.noised[-1].int()
-    assert difference.abs().float().mean() > 20  # of noise and image
+    for there, back in zip(call.out, call.back):  # of image and state
+        assert_same_pictures(there[-1], back[-1])
+        assert_same_pictures(there[0], back[0])
+        difference = there[0].int() - there[-1].int()
+        assert difference.abs().float().mean() > 20  # of noise and image
 
 
 @pytest.mark.parametrize("label", LABELS)
 def test_animation_goes_out_with_the_noise_of_its_sample(
     script_v3, drawn, models, trajectories, label
 ):
-    call, states = drawn.save_animation[label], trajectories[label][:, 0]
-    assert_same_pictures(script_v3.decode_images(models, states), call.states)
-    s = torch.linspace(0, 1, len(call.noised))[:, None, None, None]
+    call, states = drawn.save_animation[label], trajectories[label].states[:, 0]
+    s = torch.linspace(0, 1, len(states))[:, None, None, None]
     forward = s * states[-1] + (1 - s) * states[0]
-    assert_same_pictures(script_v3.decode_images(models, forward), call.noised)
+    for (image, state, *_), shown in ((call.back, states), (call.out, forward)):
+        assert_same_pictures(script_v3.decode_images(models, shown), image)
+        assert_same_pictures(script_v3.state_pictures(shown), state)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_guess_becomes_the_sample(script_v3, drawn, models, trajectories, label):
+    """The guesses shown are those of the trajectory shown, and the last one is its end."""
+    image, _, guess = drawn.save_animation[label].back
+    states, guesses = trajectories[label].states, trajectories[label].guesses
+    assert_same_pictures(script_v3.decode_images(models, guesses[:, 0]), guess)
+    torch.testing.assert_close(guesses[-1], states[-1])
+    assert_same_pictures(guess[-1], image[-1])
+    assert (guess[0].int() - image[0].int()).abs().float().mean() > 5  # another picture at first
 
 
 def test_latents_at_t_1000_are_standard_normal_noise(trajectories):
-    noise = torch.stack([states[0] for states in trajectories])  # (10, rows, C, 7, 7)
+    noise = torch.stack([each.states[0] for each in trajectories])  # (10, paths, C, 7, 7)
     assert kstest(noise.flatten(), "norm").pvalue > 0.01
     for of_class in noise:
         shown = of_class[0]  # in the animation
@@ -185,23 +236,72 @@ def test_latents_at_t_1000_are_standard_normal_noise(trajectories):
     assert len(noise.unique(dim=0)) == len(noise)  # no two the same
 
 
+# The pictures of states
+
+
+def test_state_picture_of_an_image_is_the_image(script_v3):
+    states = torch.linspace(-1.5, 1.5, 6 * 784).view(2, 3, 1, 28, 28)
+    pictures = script_v3.state_pictures(states)
+    assert pictures.dtype == torch.uint8
+    assert torch.equal(pictures, script_v3.to_uint8(states))
+
+
+# By the number of channels: columns, pixels of a value, and where the tiles begin: top, left
+TILES = {
+    1: (1, 4, 0, 0),
+    2: (2, 2, 7, 0),
+    3: (2, 2, 0, 0),
+    4: (2, 2, 0, 0),
+    6: (3, 1, 7, 3),
+    8: (3, 1, 3, 3),
+    16: (4, 1, 0, 0),
+}
+
+
+@pytest.mark.parametrize("channels", TILES)
+def test_state_picture_of_a_latent_has_each_channel_in_its_place(script_v3, channels):
+    columns, scale, top, left = TILES[channels]
+    states = torch.randn(2, 3, channels, 7, 7) * 1.5
+    pictures = script_v3.state_pictures(states)
+    assert (pictures.shape, pictures.dtype) == ((2, 3, 1, 28, 28), torch.uint8)
+    rest = pictures.clone()
+    for channel in range(channels):
+        row, column = divmod(channel, columns)
+        down, right = top + 7 * scale * row, left + 7 * scale * column
+        for dy in range(scale):
+            for dx in range(scale):
+                place = (..., 0, slice(down + dy, down + 7 * scale, scale))
+                place = (*place, slice(right + dx, right + 7 * scale, scale))
+                expected = script_v3.to_uint8(states[:, :, channel] / 3)
+                assert torch.equal(pictures[place], expected)
+                rest[place] = 0
+    assert not rest.any()  # the frame is black
+    assert not pictures.flatten(2).eq(pictures[0, 0].flatten()).all()
+
+
 # The paths
 
 
 @pytest.mark.parametrize("label", LABELS)
 def test_path_is_the_trajectory_drawn_above_it(script_v3, drawn, models, data, trajectories, label):
-    call, states = drawn.path_figure[label], trajectories[label]
+    call, states, guesses = drawn.path_figure[label], *vars(trajectories[label]).values()
     assert call.strong == label
-    assert script_v3.CLASS_NAMES[label] in call.title
-    rows, columns = call.images.shape[:2]
-    assert rows == states.shape[1] > 1
-    assert columns == len(states)
-    for row in range(rows):
-        assert_same_pictures(script_v3.decode_images(models, states[:, row]), call.images[row])
+    assert script_v3.CLASS_NAMES[label] in call.titles[0]
+    columns = call.images.shape[1]
+    assert states.shape[1] == 2
+    assert columns == len(states) == len(call.captions)
+    assert call.rows == [
+        f"{name} {path}" for path in (1, 2) for name in ("state", "image", "guess")
+    ]
+    for path, (state, image, guess) in enumerate(call.images.unflatten(0, (2, 3))):
+        assert_same_pictures(script_v3.state_pictures(states[:, path]), state)
+        assert_same_pictures(script_v3.decode_images(models, states[:, path]), image)
+        assert_same_pictures(script_v3.decode_images(models, guesses[:, path]), guess)
     [top] = [grid for grid in drawn.draw_grid if grid.axes is call.result.axes[0]]
     every, rest = divmod(columns - 1, top.images.shape[1] - 1)
     assert rest == 0  # the columns' times are evenly spaced from 1000 to 0
     assert torch.equal(top.images, call.images[:, ::every])
+    assert top.rows == call.rows
     assert top.columns == [f"t={t:.0f}" for t in np.linspace(1000, 0, top.images.shape[1])]
     latents = script_v3.embed_images(models, data.validation_images).flatten(1).numpy()
     pca = PCA(2, random_state=0).fit(latents)
@@ -209,6 +309,19 @@ def test_path_is_the_trajectory_drawn_above_it(script_v3, drawn, models, data, t
     np.testing.assert_array_equal(call.labels, data.validation_labels[:shown])
     np.testing.assert_allclose(call.scatter, pca.transform(latents[:shown]), atol=1e-3)
     np.testing.assert_allclose(call.path, pca.transform(states[:, 0].flatten(1).numpy()), atol=1e-3)
+    lengths = np.linalg.norm(np.diff(states[:, 0].flatten(1).numpy(), axis=0), axis=1)
+    bend = lengths.sum() / np.linalg.norm(states[-1, 0] - states[0, 0])
+    assert f"{pca.explained_variance_ratio_.sum():.0%} of the variance" in call.titles[1]
+    assert f"{bend:.2f} times as long as its chord" in call.titles[1]
+    texts = [axes.get_title() for axes in call.result.axes]
+    assert texts == list(call.titles)
+
+
+def test_other_classes_are_visible_beside_the_strong_one(drawn):
+    for label, call in enumerate(drawn.path_figure):
+        clouds = call.result.axes[1].collections
+        opacity = [cloud.get_alpha() for cloud in clouds]
+        assert opacity.pop(label) >= 0.8 and set(opacity) == {0.35}
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -246,16 +359,87 @@ def test_labels_of_times_do_not_collide(drawn, label):
     assert not time_labels_collide(drawn.path_figure[label].result)
 
 
+@pytest.mark.parametrize("rows", [4, 6])
 @pytest.mark.parametrize("distance", [1, 10, 100])
-def test_labels_of_times_do_not_collide_on_a_path_from_afar(script_v3, distance):
+def test_labels_of_times_do_not_collide_on_a_path_from_afar(script_v3, distance, rows):
     rng = np.random.default_rng(0)
     # slow at the end, where labels crowd
     path = distance * np.linspace(1, 0, 21)[:, None] ** 3 * [1, 0.5]
-    images = torch.zeros(2, 21, 1, 28, 28, dtype=torch.uint8)
+    images, names = torch.zeros(rows, 21, 1, 28, 28, dtype=torch.uint8), ["row"] * rows
     captions = [f"t = {t}" for t in range(1000, -1, -50)]
     points = rng.normal(size=(200, 2)), rng.integers(0, 10, 200)
-    figure = script_v3.path_figure(images, path, captions, *points, "title", 3)
+    figure = script_v3.path_figure(images, names, path, captions, *points, ("upper", "lower"), 3)
     assert not time_labels_collide(figure)
+
+
+@pytest.mark.parametrize("label", [0, 9])
+def test_halves_and_titles_of_a_path_figure_do_not_overlap(drawn, label):
+    figure = drawn.path_figure[label].result
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    top, bottom = (axes.get_window_extent(renderer) for axes in figure.axes)
+    titles = [axes.title.get_window_extent(renderer) for axes in figure.axes]
+    columns = [text.get_window_extent(renderer) for text in figure.axes[0].get_xticklabels()]
+    rows = [text.get_window_extent(renderer) for text in figure.axes[0].get_yticklabels()]
+    boxes = [top, bottom, *titles, *columns, *rows]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_paths_for_the_page_are_those_of_the_figures(script_v3, drawn):
+    folder = drawn.folder / "denoise_with_diffusion_path"
+    page = json.loads((folder / f"paths_epoch_{EPOCH}.json").read_text())
+    assert list(page["classes"]) == list(script_v3.CLASS_NAMES)
+    assert page["rows"] == ["state", "image", "guess"]
+    for (name, of_class), call in zip(page["classes"].items(), drawn.path_figure):
+        assert of_class["label"] == script_v3.CLASS_NAMES.index(name) == call.strong
+        assert of_class["file"] == FILE_NAMES[call.strong]
+        assert page["captions"] == call.captions
+        np.testing.assert_allclose(of_class["path"], call.path, atol=0.0051)
+        strip = Image.open(io.BytesIO(base64.b64decode(of_class["strip"]))).convert("L")
+        strip = torch.from_numpy(np.asarray(strip).copy())
+        tiles = strip.unflatten(1, (-1, 28)).unflatten(0, (-1, 28)).transpose(1, 2)
+        assert torch.equal(tiles, call.images[:3, :, 0])  # of the first path
+        shown = len(page["scatter"])
+        assert shown == len(page["labels"]) >= 500
+        np.testing.assert_array_equal(page["labels"], call.labels[:shown])
+        np.testing.assert_allclose(page["scatter"], call.scatter[:shown], atol=0.0051)
+
+
+# The loss curves
+
+
+def test_loss_curves_draw_each_part_of_a_loss_apart(script_v3, monkeypatch, tmp_path):
+    figures = watch(monkeypatch, script_v3, "save_figure")
+    history = [dict(row) for row in HISTORY]
+    for row in history:  # each part and each curve has numbers of its own
+        for name, factor in (("train_parts", 1), ("validation_parts", 2)):
+            parts = row[name].items()
+            row[name] = {k: factor * (v + n) for n, (k, v) in enumerate(parts)}
+    script_v3.save_loss_curves(history, tmp_path / "loss_curves.png")
+    [axes] = [call.figure.axes for call in figures]
+    panels = [(stage, part) for stage, parts in PARTS.items() for part in parts]
+    assert [(each.get_title(), each.get_ylabel()) for each in axes] == panels
+    for each, (stage, part) in zip(axes, panels):
+        rows = [row for row in history if row["stage"] == stage]
+        assert [line.get_label().split(",")[0] for line in each.lines] == ["training", "validation"]
+        for line, name in zip(each.lines, ("train_parts", "validation_parts")):
+            assert line.get_xdata().tolist() == [1, 2, 3]
+            assert line.get_ydata().tolist() == [row[name][part] for row in rows]
+    assert Image.open(tmp_path / "loss_curves.png").width > 1000
+
+
+def test_loss_curves_of_a_history_without_parts_show_the_loss(script_v3, monkeypatch, tmp_path):
+    figures = watch(monkeypatch, script_v3, "save_figure")
+    history = [{k: v for k, v in row.items() if not k.endswith("parts")} for row in HISTORY]
+    script_v3.save_loss_curves(history, tmp_path / "loss_curves.png")
+    [axes] = [call.figure.axes for call in figures]
+    assert [(each.get_title(), each.get_ylabel()) for each in axes] == [
+        ("autoencoder", "loss"),
+        ("diffusion", "loss"),
+    ]
+    for each, rows in zip(axes, (history[:3], history[3:])):
+        for line, name in zip(each.lines, ("train_loss", "validation_loss")):
+            assert line.get_ydata().tolist() == [row[name] for row in rows]
 
 
 # The grids

@@ -44,7 +44,7 @@ class Config:
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(48, "channels at 14x14; twice that at 7x7", 8, 512, multiple=8, quick=16)
     blocks: int = option(4, "residual blocks at 7x7", 1, 100, quick=2)
-    ema_decay: float = option(0.998, "decay of the averaged weights", 0.0, 0.999999, gpu=0.9995)
+    ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples
     sampler: str = option(
         "ddim", "DDPM's is ancestral", choices=("ddim", "ancestral"), resume="keep"
@@ -792,8 +792,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def class_weights(labels: Tensor) -> Tensor:
-    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11)."""
-    return F.one_hot(labels, NULL_CLASS + 1).float()
+    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11). (`F.one_hot` asks the device.)"""
+    return (labels[:, None] == torch.arange(NULL_CLASS + 1, device=labels.device)).float()
 
 
 def labels_in_turn(count: int, device: torch.device) -> Tensor:

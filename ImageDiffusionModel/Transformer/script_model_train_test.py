@@ -50,7 +50,7 @@ class Config:
     depth: int = option(4, "blocks of the transformer", 1, 64, quick=2)
     snr_gamma: float = option(5.0, "gamma of the min-SNR weights", 0.1, 1e6)
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
-    ema_decay: float = option(0.998, "decay of the averaged weights", 0.0, 0.999999, gpu=0.9995)
+    ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples
     sampling_steps: int = option(15, "steps of DDIM", 1, 1000, quick=10, resume="keep")
     eta: float = option(0.0, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
@@ -839,8 +839,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def class_weights(labels: Tensor) -> Tensor:
-    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11)."""
-    return F.one_hot(labels, NULL_CLASS + 1).float()
+    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11). (`F.one_hot` asks the device.)"""
+    return (labels[:, None] == torch.arange(NULL_CLASS + 1, device=labels.device)).float()
 
 
 def labels_in_turn(count: int, device: torch.device) -> Tensor:

@@ -49,7 +49,7 @@ class Config:
     p_mean: float = option(-0.85, "mean of the training noise's ln sigma", -10.0, 10.0)
     p_std: float = option(1.2, "standard deviation of ln sigma", 0.01, 10.0)
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
-    ema_decay: float = option(0.998, "decay of the averaged weights", 0.0, 0.999999, gpu=0.9995)
+    ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples; the s_... are of the stochastic sampler
     sampler: str = option("heun", "ODE or SDE", choices=("heun", "stochastic"), resume="keep")
     sampling_steps: int = option(18, "steps, of two evaluations each", 1, 1000, resume="keep")
@@ -837,8 +837,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def class_weights(labels: Tensor) -> Tensor:
-    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11)."""
-    return F.one_hot(labels, NULL_CLASS + 1).float()
+    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11). (`F.one_hot` asks the device.)"""
+    return (labels[:, None] == torch.arange(NULL_CLASS + 1, device=labels.device)).float()
 
 
 def labels_in_turn(count: int, device: torch.device) -> Tensor:

@@ -54,7 +54,7 @@ class Config:
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
-    ema_decay: float = option(0.998, "decay of the averaged weights", 0.0, 0.999999, gpu=0.9995)
+    ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples
     sampling_steps: int = option(36, "steps of DDIM", 1, 1000, resume="keep")
     eta: float = option(1.0, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
@@ -986,8 +986,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def class_weights(labels: Tensor) -> Tensor:
-    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11)."""
-    return F.one_hot(labels, NULL_CLASS + 1).float()
+    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11). (`F.one_hot` asks the device.)"""
+    return (labels[:, None] == torch.arange(NULL_CLASS + 1, device=labels.device)).float()
 
 
 def labels_in_turn(count: int, device: torch.device) -> Tensor:

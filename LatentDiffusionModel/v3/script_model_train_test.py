@@ -59,7 +59,7 @@ class Config:
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
-    ema_decay: float = option(0.998, "decay of the averaged weights", 0.0, 0.999999, gpu=0.9995)
+    ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples
     sampler: str = option("heun", "ODE solver", choices=("euler", "heun"), resume="keep")
     sampling_steps: int = option(6, "steps, Heun's of two evaluations", 1, 1000, resume="keep")
@@ -1013,8 +1013,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def class_weights(labels: Tensor) -> Tensor:
-    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11)."""
-    return F.one_hot(labels, NULL_CLASS + 1).float()
+    """Labels (B,), NULL_CLASS included, to one-hot rows (B, 11). (`F.one_hot` asks the device.)"""
+    return (labels[:, None] == torch.arange(NULL_CLASS + 1, device=labels.device)).float()
 
 
 def labels_in_turn(count: int, device: torch.device) -> Tensor:
