@@ -6,9 +6,7 @@ Faults of the checkpoints themselves are in test_fault_checkpoints.py, those of 
 test_fault_flags.py. All are the harness's, which the scripts share, so one script stands for them.
 """
 
-import contextlib
 import http.server
-import os
 import shutil
 import signal
 import socket
@@ -29,6 +27,7 @@ from conftest import ARCHIVES
 from script_runs import (
     RealRun,
     answer,
+    as_nobody,
     assert_ends_as,
     files_below,
     flags,
@@ -151,19 +150,6 @@ def test_full_disk_while_samples_are_written_is_one_line_and_leaves_the_old_ones
     assert (output / name).read_text() == "old"
     assert answer(module, arguments) == (0, "")
     assert (output / name).read_bytes() == content
-
-
-@contextlib.contextmanager
-def as_nobody():
-    """Without the rights of root, whom no permission stops."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.mark.parametrize("kind", ["output", "new output", "finished output", "data"])

@@ -9,12 +9,15 @@ import io
 import multiprocessing
 import os
 import pty
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +25,18 @@ import torch
 from torchvision.datasets import FashionMNIST
 
 from conftest import ARCHIVES, load_script, write_tiny_data
-from script_runs import SCRIPT_V3, answer, flags, load_without_figures, on_v3, read, run, steps
+from script_runs import (
+    SCRIPT_V3,
+    answer,
+    as_nobody,
+    flags,
+    load_without_figures,
+    on_v3,
+    read,
+    refusal,
+    run,
+    steps,
+)
 
 pytestmark = on_v3
 
@@ -133,6 +147,51 @@ def test_signals_of_schedulers_and_closed_shells_save(
     assert status == 128 + number
     assert f"{name} at diffusion, step 5 of 9: saved; run again to resume" in err
     assert steps(tmp_path / "output")["diffusion"] == 5
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """A function that runs code in a real notebook's kernel, and returns what it prints."""
+    manager = pytest.importorskip("jupyter_client").KernelManager(kernel_name="python3")
+    pytest.importorskip("ipykernel")
+    manager.start_kernel(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=120)
+
+    def execute(code, interrupt_after=None, interrupts=0):
+        printed = []
+
+        def note(message):
+            content = message["content"]
+            printed.append(content.get("text") or "\n".join(content.get("traceback", [])))
+            if interrupt_after and interrupt_after in "".join(printed[-2:]):
+                for _ in range(interrupts - len(sent)):
+                    sent.append(manager.interrupt_kernel())
+
+        sent = []
+        client.execute_interactive(code, output_hook=note, timeout=240)
+        return "".join(printed)
+
+    yield execute
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def test_a_notebook_runs_a_script_and_keeps_its_variables_when_it_is_interrupted(
+    kernel, experiment, module, tiny_data_dir, tmp_path
+):
+    arguments = " ".join(map(str, flags(module, tmp_path / "output", tiny_data_dir)))
+    kernel("kept = 41")
+    printed = kernel(f"%run {experiment.path} {arguments}")
+    assert "diffusion: epoch 3 of 3" in printed and "figures of epoch 3 written" in printed
+    assert "Traceback" not in printed and "Error" not in printed
+    longer = f"%run {experiment.path} {arguments.replace('--epochs=3', '--epochs=2000')}"
+    printed = kernel(longer, interrupt_after="diffusion: epoch 5 of", interrupts=2)
+    assert "42" in kernel("print(kept + 1)")
+    printed = kernel(longer, interrupt_after="diffusion: epoch 9 of", interrupts=1)
+    assert "saved; run again to resume" in printed
+    assert "42" in kernel("print(kept + 1)")
 
 
 # Libraries, devices, memory
@@ -288,31 +347,24 @@ def test_a_folder_that_cannot_be_synced_is_no_error_but_a_broken_disk_is(
     assert module.read_checkpoint(tmp_path / "last.pt") == content
 
 
-def test_a_colleague_samples_from_a_run_that_only_its_owner_may_change(
-    module, output, tmp_path, monkeypatch
-):
-    for path in [*output.rglob("*"), output]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    real = os.open
-
-    def denied(path, *args, **options):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    def opened(path, mode="r", *args, **options):
-        if "w" in mode and str(path).startswith(str(output)):
-            denied(path)
-        return real_open(path, mode, *args, **options)
-
-    real_open = open
-    monkeypatch.setattr(module, "open", opened, raising=False)  # the tests may run as root
-    asked = ["--sample-only", "--device=cpu", "--num-samples=2"]
-    status, err = answer(module, [*asked, f"--output-dir={output}"])
-    assert status == 2 and "give it as --run-dir" in err and real is os.open
-    own = tmp_path / "own"
-    assert answer(module, [*asked, f"--run-dir={output}", f"--output-dir={own}"])[0] == 0
-    assert (own / "samples" / "samples.png").exists()
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+def test_a_colleague_samples_from_a_run_that_only_its_owner_may_change(module, undisturbed):
+    with tempfile.TemporaryDirectory() as root:  # nobody else may enter the folders of the tests
+        root = Path(root)
+        root.chmod(0o755)
+        run_folder, own = shutil.copytree(undisturbed, root / "run"), root / "own"
+        for path in [*run_folder.rglob("*"), run_folder]:
+            path.chmod(0o755 if path.is_dir() else 0o644)  # as the umask 022 leaves them
+        own.mkdir()
+        own.chmod(0o777)
+        before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
+        asked = ["--sample-only", "--device=cpu", "--num-samples=2"]
+        with as_nobody():
+            line = refusal(module, [*asked, f"--output-dir={run_folder}"])
+            assert "Permission denied" in line and "give it as --run-dir" in line
+            folders = [f"--run-dir={run_folder}", f"--output-dir={own}"]
+            assert answer(module, [*asked, *folders]) == (0, "")
+        assert (own / "samples" / "samples.png").exists()
+        assert {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")} == before
 
 
 # Data
