@@ -4,6 +4,7 @@ The experiment is tests/tiny_experiment.py: one stage, one linear layer, a stoch
 """
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -164,6 +165,17 @@ def test_validation_loss_is_that_of_the_whole_set_with_the_same_noise(module):
     expected = (arrays[0].double() / 127.5 - 1).mean().item()
     [mean] = module.validation_losses(brightness, network, arrays).values()
     assert mean == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_losses_train_the_same_network(module, undisturbed, tiny_data_dir, tmp_path):
+    """And a checkpoint tells nothing of it."""
+    assert run(module, [*flags(module, tmp_path, tiny_data_dir), "--compile"]) == 0
+    one, two = (read(folder)["stages"]["diffusion"] for folder in (undisturbed, tmp_path))
+    assert list(one["model"]) == list(two["model"])
+    for name, value in one["ema"].items():
+        torch.testing.assert_close(two["ema"][name], value, rtol=0, atol=1e-4)
+    assert steps(tmp_path) == {"diffusion": 9}
 
 
 # Sampling
