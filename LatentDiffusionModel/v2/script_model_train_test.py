@@ -893,10 +893,12 @@ def average_gradients(network: nn.Module, losses: Tensor) -> Tensor:
 
 def agreed_signal(signals: list[int]) -> int:
     """The number of a signal that one of the processes has noted, or 0; the same in all of them."""
-    number = torch.tensor(signals[0] if signals else 0)
-    if world() > 1:
-        together(dist.all_reduce, number, op=dist.ReduceOp.MAX)
-    return int(number)
+    number = signals[0] if signals else 0
+    if world() == 1:
+        return number
+    largest = torch.tensor(number)
+    together(dist.all_reduce, largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -1354,7 +1356,9 @@ class Run:
             save_page(self.models, self.output)
 
     def save(self) -> None:
-        """Writes a checkpoint, and metrics.csv."""
+        """Writes a checkpoint, and metrics.csv; process 0 does."""
+        if rank() > 0:
+            return
         config = {name: getattr(self.config, name) for name in stored_settings("match", "keep")}
         stages = {name: stage.state() for name, stage in self.stages.items()}
         content = CHECKPOINT | {"config": config, "stages": stages, "history": self.history}
@@ -1466,10 +1470,8 @@ def train_steps(
             rng = Rng(seed("step", stage.step), device, rank=me, world=world())
             pending.append(train_step(stage, [array[rows] for array in arrays], rng))
             stage.step += 1
-            epoch_ends, last = (
-                stage.step % stage.steps_per_epoch == 0,
-                stage.step == stage.total_steps,
-            )
+            epoch_ends = stage.step % stage.steps_per_epoch == 0
+            last = stage.step == stage.total_steps
             asked = world() == 1 or epoch_ends or stage.step % 10 == 0  # for asking costs time
             stop, now = agreed_signal(signals) if asked else 0, time.monotonic()
             late = now - saved_at > 60 * run.config.checkpoint_minutes
@@ -1483,7 +1485,7 @@ def train_steps(
                 run.history.append(row)
                 if not sys.stdout.isatty():
                     print_epoch(stage, row)
-            if saving and first:
+            if saving:
                 run.save()
                 saved_at = time.monotonic()
             if epoch_ends and not stop:
@@ -1491,7 +1493,9 @@ def train_steps(
                     after_epoch(stage.epoch)
                     drawn_at = time.monotonic()
                 stop = agreed_signal(signals)
-            if stop:  # this step is saved
+                if stop and not saving:
+                    run.save()
+            if stop:
                 where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
                 message = f"{signal.Signals(stop).name} at {where}: saved; run again to resume"
                 raise ExperimentError(message, 128 + stop)
@@ -1499,9 +1503,8 @@ def train_steps(
 
 def add_losses(run: Run, stage: Stage, pending: list[Tensor], bar: tqdm) -> None:
     """Adds the last steps' losses to the epoch's sums. Raises ExperimentError if not finite."""
-    for step, (norm, *losses) in enumerate(
-        torch.stack(pending).tolist(), stage.step - len(pending)
-    ):
+    first = stage.step - len(pending)
+    for step, (norm, *losses) in enumerate(torch.stack(pending).tolist(), first):
         if not math.isfinite(sum(losses) + norm):
             last = run.output / "checkpoints" / "last.pt"
             kept = f"the last good checkpoint is {last}" if last.exists() else "none is saved yet"
