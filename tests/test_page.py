@@ -127,7 +127,9 @@ def browse(tmp_path_factory):
     def driven(page, width=None):
         """`width` is that of a frame that the page is shown in, for windows are never so narrow."""
         copy, frame = page.with_name("driven.html"), page.with_name("frame.html")
-        copy.write_text(page.read_text(encoding="utf-8") + f"<script>{DRIVER}</script>")
+        copy.write_text(
+            page.read_text(encoding="utf-8") + f"<script>{DRIVER}</script>", encoding="utf-8"
+        )
         framed = f'<iframe src="driven.html" width="{width}" height="900" style="border:0">'
         frame.write_text(
             f"<body>{framed}</iframe><script>{DRIVER[DRIVER.index('onmessage') :]}</script>"
@@ -171,7 +173,9 @@ def finished(tiny_data_dir, tmp_path_factory):
     def noted_page(models, output):
         save_page(models, output)
         there = {path.relative_to(output).as_posix() for path in output.rglob("*.*")}
-        pages.append(SimpleNamespace(text=(output / "index.html").read_text(), there=there))
+        pages.append(
+            SimpleNamespace(text=(output / "index.html").read_text(encoding="utf-8"), there=there)
+        )
 
     module.save_page = noted_page
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
@@ -197,7 +201,7 @@ def seen(browse, finished):
 @pytest.fixture(scope="module")
 def paths(finished):
     [file] = finished.moved.glob("denoise_with_diffusion_path/paths_epoch_3.json")
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 class Links(HTMLParser):
@@ -427,7 +431,7 @@ def test_page_before_there_are_trajectories_works(browse, finished, tmp_path):
     early = next(p for p in finished.pages if "samples/samples_epoch_1.png" in p.text)
     assert "const sheets" in early.text and "samples_epoch_2" not in early.text
     shutil.copytree(finished.moved, tmp_path / "run")
-    (tmp_path / "run" / "index.html").write_text(early.text)
+    (tmp_path / "run" / "index.html").write_text(early.text, encoding="utf-8")
     seen = browse(tmp_path / "run" / "index.html")
     assert (seen.console, seen.error) == ([], None)
     assert seen.epochs == [["1", "samples/samples_epoch_1.png"]]

@@ -170,4 +170,11 @@ def test_metrics_are_the_history(undisturbed):
         rows = list(csv.DictReader(file))
     history = read(undisturbed)["history"]
     assert [row["stage"] for row in rows] == ["autoencoder"] * 2 + ["diffusion"] * 3
-    assert rows == [{name: str(value) for name, value in row.items()} for row in history]
+    parts = ("train_parts", "validation_parts")
+    assert all(rows[0].keys() | {*parts} == row.keys() for row in history)
+    assert rows == [{name: str(row[name]) for name in rows[0]} for row in history]
+    for row in history:
+        for name, of in zip(("train_loss", "validation_loss"), parts):
+            assert sum(row[of].values()) == row[name]
+    assert [len(row["train_parts"]) for row in history] == [3, 3, 1, 1, 1]
+    assert all(row["train_parts"].keys() == row["validation_parts"].keys() for row in history)
