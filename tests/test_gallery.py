@@ -141,7 +141,7 @@ def test_animations_get_as_many_greys_as_there_is_room_for(
 ):
     """A gallery of noise, which no GIF can pack."""
     rng = np.random.default_rng(0)
-    frames = [Image.fromarray(rng.integers(0, 256, (362, 224), np.uint8)) for _ in range(3)]
+    frames = [Image.fromarray(rng.integers(0, 256, (368, 224), np.uint8)) for _ in range(3)]
     path = output / "diffusion_animation" / "diffusion_animation_class_Bag_epoch_11.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, loop=0)
 

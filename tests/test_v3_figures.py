@@ -156,7 +156,7 @@ def test_animation_is_a_sound_gif_of_its_pictures(drawn, label):
         for frame in ImageSequence.Iterator(gif):
             frames.append(frame.convert("L"))
             milliseconds.append(frame.info["duration"])
-    assert {frame.size for frame in frames} == {(224, 362)}
+    assert {frame.size for frame in frames} == {(224, 368)}
     image, state, guess = (pictures_at(place, frames) for place in PLACES)
     # what is seen there and back; the noise and the clean image are shown once
     there, back = [part.flip(0)[:steps] for part in call.out], [part[:-1] for part in call.back]
@@ -291,7 +291,7 @@ def test_path_is_the_trajectory_drawn_above_it(script_v3, drawn, models, data, t
     assert states.shape[1] == 2
     assert columns == len(states) == len(call.captions)
     assert call.rows == [
-        f"{name} {path}" for path in (1, 2) for name in ("state", "image", "guess")
+        f"path {path}: {name}" for path in (1, 2) for name in ("state", "image", "guess")
     ]
     for path, (state, image, guess) in enumerate(call.images.unflatten(0, (2, 3))):
         assert_same_pictures(script_v3.state_pictures(states[:, path]), state)

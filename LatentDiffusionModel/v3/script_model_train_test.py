@@ -1365,8 +1365,6 @@ class Run:
             save_all_figures(self.models, self.data, self.output)
         else:
             save_samples(self.models, self.output)
-            save_loss_curves(self.history, self.output / "loss_curves.png")
-            save_page(self.models, self.output)
 
     def save(self) -> None:
         """Writes a checkpoint, and metrics.csv; process 0 does."""
@@ -1504,6 +1502,8 @@ def train_steps(
             if epoch_ends and not stop:
                 if first and (slow or now - drawn_at > 30):
                     after_epoch(stage.epoch)
+                    save_loss_curves(run.history, run.output / "loss_curves.png")
+                    save_page(run.models, run.output)
                     drawn_at = time.monotonic()
                 stop = agreed_signal(signals)
                 if stop and not saving:
@@ -1780,8 +1780,9 @@ def save_animation(
     frames = []
     for index in range(2 * steps):
         pictures, position = (out, steps - index) if index < steps else (back, index - steps)
-        frame = Image.new("L", (224, 362), 255)
+        frame = Image.new("L", (224, 368), 255)
         draw = ImageDraw.Draw(frame)
+        draw.rectangle((125, 273, 210, 358), outline=200)  # the guess's place, empty on the way out
         for (left, top, size), picture in zip(places, pictures):
             image = Image.fromarray(picture[position, 0].cpu().numpy())
             frame.paste(image.resize((size, size), Image.Resampling.NEAREST), (left, top))
@@ -1904,12 +1905,12 @@ def save_trajectories(models: Models, data: Data, output: Path, paths: int = 2) 
         save_animation(*ways, drawn.captions, title, path)
         places = range(index, len(labels), len(titles))
         images = [back[name][:, place] for place in places for name in shown]
-        rows = [f"{name} {number + 1}" for number in range(paths) for name in shown]
+        rows = [f"path {number + 1}: {name}" for number in range(paths) for name in shown]
         states = drawn.states[:, index].flatten(1).cpu()
         line, steps = pca.transform(states.numpy()), states.diff(dim=0).norm(dim=1).sum()
         bend = steps / (states[-1] - states[0]).norm()
         lower = (
-            f"path 1, from noise (square) to image (star). The plane holds {explained:.0%} of the "
+            f"Path 1, from noise (square) to image (star). The plane holds {explained:.0%} of the "
         )
         lower += f"variance;\nin all dimensions the path is {bend:.2f} times as long as its chord"
         heads = f"{title}: {paths} paths from noise to image", lower
@@ -1974,89 +1975,91 @@ PAGE = string.Template("""<!doctype html>
 <style>
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 60rem; margin: auto; padding: 1rem }
-img, svg { max-width: 100%; height: auto }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .85rem }
+h1 { font-size: 1.5rem }
+h1, p { overflow-wrap: anywhere } figure { margin: 0 } input { width: 100% }
+img, svg { max-width: 100%; height: auto } img:not([src]) { display: none }
+table { display: block; overflow: auto; max-height: 25rem; font-size: .85rem }
 td, th { padding: .1rem .6rem; text-align: right; white-space: nowrap }
+th { position: sticky; top: 0; background: Canvas }
 pre { overflow-x: auto; padding: .6rem; border: 1px solid #8888 }
-button { font: inherit; margin: .1rem; padding: .2rem .6rem }
+button { font: inherit; margin: .1rem; padding: .2rem .6rem; border: solid #8888;
+  border-width: 1px 1px 4px }
 button[aria-selected=true] { background: #06c; color: #fff }
-input[type=range] { width: 100% }
-.tiles { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center }
-.tile { width: 112px; height: 112px; image-rendering: pixelated; background-size: auto }
+.tiles { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center }
+.tile { width: min(14rem, 28vw); aspect-ratio: 1; image-rendering: pixelated }
 </style>
-<h1>$title</h1>
-<p>$state</p>
-<h2>Samples</h2>
-<label>epoch <output id="epoch"></output>
-<input type="range" id="samples" min="0" value="999" aria-label="epoch"></label>
+<h1>$title</h1><p>$state</p><h2>Samples</h2>
+<label for="samples">epoch <output id="epoch">: none yet</output></label>
+<input type="range" id="samples" min="0" max="0" aria-label="epoch">
 <p><img id="sheet" alt="samples of the epoch that the slider shows"></p>
-<section id="paths" hidden>
-<h2>From noise to image</h2>
-<div role="tablist" id="tabs"></div>
-<label><output id="time"></output>
-<input type="range" id="step" min="0" value="0" aria-label="step from noise to image"></label>
+<section id="paths" hidden><h2>From noise to image$of</h2>
+<div role="tablist" id="tabs" aria-label="class"></div>
+<label for="step"><output id="time"></output></label>
+<input type="range" id="step" min="0" value="0" aria-label="step from noise to image">
 <div class="tiles" id="tiles"></div>
 <div class="tiles"><img id="animation" alt="animation of this class">
 <svg id="plane" width="600" viewBox="0 0 600 400" role="img" aria-label="path among images"></svg>
-</div><p><img id="figure" alt="denoising paths"></p>
-</section>
+</div><p>□ noise, ★ image, large dot: here; small: validation images, in their first two principal
+components, coloured as the tabs</p><p><img id="figure" alt="denoising paths"></p></section>
 $figures
-<h2>Metrics</h2>
-$metrics
-<h2>Settings</h2>
-$settings
-<h2>Resume, sample, extend</h2>
-<pre>$commands</pre>
+<h2>Metrics</h2>$metrics<h2>Settings</h2>$settings
+<h2>Resume, sample, extend</h2><pre>$commands</pre>
 <script>
-const sheets = $sheets, paths = $paths, get = id => document.getElementById(id);
-const colours = ["#1f77b4","#ff7f0e","#2ca02c","#d62728","#9467bd","#8c564b","#e377c2","#7f7f7f",
-  "#bcbd22","#17becf"];
+const sheets = $sheets, paths = $paths, colours = $colours, get = id => document.getElementById(id);
+function tell(slider, output, text) {
+  get(output).textContent = text;
+  get(slider).setAttribute("aria-valuetext", text);
+}
 function showSheet() {
-  const [epoch, file] = sheets[get("samples").value] || ["none yet", ""];
-  get("epoch").textContent = epoch;
+  const [epoch, file] = sheets[get("samples").value];
+  tell("samples", "epoch", epoch);
   get("sheet").src = file;
 }
-if (sheets.length) { get("samples").max = sheets.length - 1; showSheet(); }
-get("samples").oninput = showSheet;
+if (sheets.length) {
+  const last = sheets.length - 1;
+  Object.assign(get("samples"), {max: last, value: last, oninput: showSheet});
+  showSheet();
+}
 if (paths) {
   const points = Object.values(paths.classes).flatMap(c => c.path).concat(paths.scatter);
-  const [xs, ys] = [0, 1].map(k => points.map(p => p[k]));
+  const [xs, ys] = [0, 1].map(k => points.map(p => p[k])), last = paths.captions.length - 1;
   const [left, top] = [Math.min(...xs), Math.max(...ys)];
   const scale = Math.min(560 / (Math.max(...xs) - left), 360 / (top - Math.min(...ys)));
   const place = p => [20 + (p[0] - left) * scale, 20 + (top - p[1]) * scale];
   const dot = (p, r, fill, more) => `<circle cx="$${place(p)[0]}" cy="$${place(p)[1]}" r="$${r}"
     fill="$${fill}" $${more}/>`;
+  const mark = (p, sign) => `<text x="$${place(p)[0]}" y="$${place(p)[1]}" font-size="26"
+    fill="currentColor" text-anchor="middle" dominant-baseline="central">$${sign}</text>`;
   let current;
   function showStep() {
-    const step = get("step").value;
-    get("time").textContent = paths.captions[step];
-    for (const [row, tile] of [...get("tiles").querySelectorAll(".tile")].entries())
-      tile.style.backgroundPosition = `-$${112 * step}px -$${112 * row}px`;
+    const step = get("step").value, rows = paths.rows.length - 1;
+    tell("step", "time", paths.captions[step]);
+    for (const [row, tile] of get("tiles").querySelectorAll(".tile").entries())
+      tile.style.backgroundPosition = `$${100 * step / last}% $${100 * row / rows}%`;
     get("plane").lastElementChild.outerHTML =
       dot(current.path[step], 7, "gold", 'stroke="black" stroke-width="2"');
   }
   function showClass(name) {
     current = paths.classes[name];
-    for (const tab of get("tabs").children)
-      tab.setAttribute("aria-selected", tab.textContent == name);
-    get("tiles").innerHTML = paths.rows.map(row => `<figure style="margin:0"><div class="tile"
-      style="background-image:url(data:image/png;base64,$${current.strip});background-size:
-      $${112 * paths.captions.length}px"></div><figcaption>$${row}</figcaption></figure>`).join("");
+    for (const tab of get("tabs").children) tab.ariaSelected = tab.textContent == name;
+    get("tiles").innerHTML = paths.rows.map(row => `<figure><div class="tile" style="background:
+      0 0 / $${100 * (last + 1)}% auto url(data:image/png;base64,$${current.strip})"></div>
+      <figcaption>$${row}</figcaption></figure>`).join("");
     get("plane").innerHTML = paths.scatter.map((p, i) => dot(p, 2.5, colours[paths.labels[i]],
       `opacity="$${paths.labels[i] == current.label ? .9 : .35}"`)).join("") +
       `<polyline fill="none" stroke="currentColor" stroke-width="2"
-      points="$${current.path.map(place).join(" ")}"/><g/>`;
+      points="$${current.path.map(place).join(" ")}"/>` +
+      mark(current.path[0], "□") + mark(current.path[last], "★") + "<g/>";
     get("animation").src = paths.gif.replace("NAME", current.file);
     get("figure").src = paths.png.replace("NAME", current.file);
     showStep();
   }
-  for (const name of Object.keys(paths.classes)) {
-    const tab = document.createElement("button");
-    [tab.textContent, tab.role, tab.onclick] = [name, "tab", () => showClass(name)];
-    get("tabs").append(tab);
+  for (const [name, {label}] of Object.entries(paths.classes)) {
+    const tab = get("tabs").appendChild(document.createElement("button"));
+    Object.assign(tab, {textContent: name, role: "tab", onclick: () => showClass(name)});
+    tab.style.borderBottomColor = colours[label] || "";
   }
-  get("step").max = paths.captions.length - 1;
-  get("step").oninput = showStep;
+  Object.assign(get("step"), {max: last, oninput: showStep});
   get("paths").hidden = false;
   showClass(Object.keys(paths.classes)[0]);
 }
@@ -2076,56 +2079,54 @@ def save_page(models: Models, output: Path) -> None:
     """The run's page, index.html: its pictures stand beside it, by relative links, so the folder
     can be moved; it needs no network and no library. Reload it while the run goes on."""
 
-    def newest(folder: Path) -> list[tuple[int, str]]:
-        found = [(re.search(r"_epoch_(\d+)", path.name), path) for path in folder.iterdir()]
-        named = [(int(match[1]), path) for match, path in found if match]
-        return sorted((epoch, path.relative_to(output).as_posix()) for epoch, path in named)
+    def pictures(folder: str) -> list[tuple[float, str]]:
+        """By epoch; those without one, which are of the end of a stage, come last."""
+        files = [path.relative_to(output).as_posix() for path in (output / folder).glob("*.png")]
+        epochs = [re.search(r"_epoch_(\d+)\.png", file) for file in files]
+        return sorted((int(e[1]) if e else math.inf, file) for e, file in zip(epochs, files))
 
-    own = ("samples", "diffusion_animation", "denoise_with_diffusion_path")
-    folders = sorted({path.parent for path in output.glob("*/*_epoch_*.png")})
-    sections = ["<h2>Losses</h2><p><img src='loss_curves.png' alt='loss curves'></p>"]
-    for folder in [folder for folder in folders if folder.name not in own]:
-        files = newest(folder)
-        last = [file for epoch, file in files if epoch == files[-1][0]]
-        pictures = "".join(f"<p><img src='{html.escape(file)}' alt=''></p>" for file in last)
-        sections.append(f"<h2>{html.escape(folder.name.replace('_', ' '))}</h2>{pictures}")
-    paths, name = "null", "denoise_with_diffusion_path"
-    for file in sorted((output / name).glob("paths_epoch_*.json"), key=lambda f: f.stat().st_mtime)[
-        -1:
-    ]:
-        epoch = re.search(r"\d+", file.name)[0]
-        links = {"gif": f"diffusion_animation/diffusion_animation_class_NAME_epoch_{epoch}.gif"}
-        links |= {"png": f"{name}/denoising_path_NAME_epoch_{epoch}.png"}
-        paths = json.dumps(json.loads(file.read_text()) | links)
-    config, sizes = (
-        models.config,
-        [p.numel() for n in models.networks.values() for p in n.parameters()],
-    )
-    usual = default_settings(models.device)
-    settings = [["setting", "value", "default"]]
-    for key, value in dataclasses.asdict(config).items():
-        settings.append([key, value, "" if value == usual[key] else f"not {usual[key]!r}"])
+    def picture(file: str) -> str:
+        return '<p><img src="{0}" alt="{0}"></p>'.format(html.escape(file))
+
+    curves, name = output / "loss_curves.png", "denoise_with_diffusion_path"
+    sections = ["<h2>Losses</h2>", picture(curves.name)] if curves.exists() else []
+    for folder in sorted({path.parent.name for path in output.glob("*/*.png")} - {"samples", name}):
+        files, title = pictures(folder), folder.replace("_", " ").capitalize()
+        last = "".join(picture(file) for epoch, file in files if epoch == files[-1][0])
+        sections.append(f"<h2>{html.escape(title)}</h2>{last}")
+    paths, of = None, ""
+    written = sorted((output / name).glob("paths_epoch_*.json"), key=lambda f: f.stat().st_mtime)
+    for file in written[-1:]:
+        epoch, paths = re.search(r"\d+", file.name)[0], json.loads(file.read_text())
+        paths["gif"] = f"diffusion_animation/diffusion_animation_class_NAME_epoch_{epoch}.gif"
+        paths["png"], of = f"{name}/denoising_path_NAME_epoch_{epoch}.png", f", epoch {epoch}"
+    config, usual = models.config, default_settings(models.device)
+    settings = [["setting", "value", "where it differs"]]
+    for k, v in dataclasses.asdict(config).items():
+        settings.append([k, v, "" if v == usual[k] else f"default: {usual[k]!r}"])
+    size = sum(p.numel() for n in models.networks.values() for p in n.parameters()) / 1e6
+    cuda, threads = models.device.type == "cuda", f"{torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(models.device) if cuda else platform.machine()
+    state = f"{size:.2f} M parameters on {models.device} ({machine}, {threads}), torch "
     minutes = sum(row["seconds"] for row in models.history) / 60
-    machine = platform.processor() or platform.machine()
-    if models.device.type == "cuda":
-        machine = torch.cuda.get_device_name(models.device)
-    last = models.history[-1] if models.history else {"stage": "no stage", "epoch": 0}
-    state = f"{sum(sizes) / 1e6:.2f} M parameters on {models.device} ({machine}, "
-    state += (
-        f"{torch.get_num_threads()} threads), torch {torch.__version__}. {minutes:.1f} minutes of "
-    )
-    state += f"training up to epoch {last['epoch']} of {last['stage']}; this page is of "
-    state += f"{time.strftime('%Y-%m-%d %H:%M')}. Command: {shlex.join(sys.argv)}"
-    script = shlex.join(["python", Path(__file__).name, "--output-dir", str(output)])
-    commands = f"{script}\n{script} --sample-only --num-samples 16\n"
-    commands += f"{script} --epochs {2 * config.epochs}"
-    samples = newest(output / "samples") if (output / "samples").is_dir() else []
+    state += f"{torch.__version__}. {minutes:.1f} minutes of training"
+    for row in models.history[-1:]:
+        epochs = getattr(config, f"{row['stage']}_epochs", config.epochs)
+        state += f", up to epoch {row['epoch']} of {epochs} of {row['stage']}"
+    state += f"; this page is of {time.strftime('%Y-%m-%d %H:%M')}. Command: "
+    again = shlex.join(["python", Path(__file__).name, "--output-dir", str(output)])
+    lines = [again, f"{again} --sample-only --num-samples 16"]
+    lines.append(f"{again} --epochs {2 * config.epochs}")
+    if not (output / "checkpoints").is_dir():  # of a run or of weights elsewhere
+        lines = [f"{shlex.join(['python', *sys.argv])} --num-samples 16"]
+    parts = {"sheets": [pair for pair in pictures("samples") if pair[0] < math.inf]}
+    parts |= {"paths": paths, "colours": [*map(matplotlib.colors.to_hex, CLASS_COLOURS)]}
     metrics = [METRICS, *([row[name] for name in METRICS] for row in models.history)]
     page = PAGE.substitute(
-        title=html.escape(f"{VERSION}: {output.name}"), state=html.escape(state),
-        figures="\n".join(sections), metrics=rows_of_table(metrics), paths=paths,
-        settings=rows_of_table(settings), commands=html.escape(commands),
-        sheets=json.dumps(samples).replace("</", "<\\/"),
+        {key: json.dumps(value).replace("<", "\\u003c") for key, value in parts.items()},
+        title=html.escape(f"{VERSION}: {output.name}"), figures="\n".join(sections), of=of,
+        state=html.escape(state + shlex.join(sys.argv)), commands=html.escape("\n".join(lines)),
+        metrics=rows_of_table(metrics), settings=rows_of_table(settings),
     )  # fmt: skip
     write_figure(output / "index.html", page.encode())
 
