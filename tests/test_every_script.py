@@ -339,7 +339,7 @@ def test_pictures_are_of_the_subjects_and_of_the_trajectories(experiment, module
             assert torch.equal(shown, pictures[:, number])
         for shown, pictures in zip(animation.back, (decoded, pictured, guessed), strict=True):
             assert torch.equal(shown, pictures[:, number]) and shown.dtype == torch.uint8
-        assert path.rows == [f"{name} {number}" for number in (1, 2) for name in parts]
+        assert path.rows == [f"path {number}: {name}" for number in (1, 2) for name in parts]
         rows = torch.stack([pictures[:, place] for place in both for pictures in parts.values()])
         assert torch.equal(path.images, rows)
         last = path.images[:, -1].int()  # the guess at the last step is the sample

@@ -1,5 +1,6 @@
 """Several processes: `torchrun` on one machine, with gloo."""
 
+import functools
 import os
 import re
 import signal
@@ -146,27 +147,36 @@ def test_two_processes_train_the_model_that_one_would(experiment, tiny_data_dir,
     assert np.abs(difference).mean() < 1
 
 
+@pytest.fixture(scope="module")
+def undisturbed_by(tiny_data_dir, tmp_path_factory):
+    """A function: the averaged weights that so many processes end with, uninterrupted."""
+
+    @functools.cache
+    def train(experiment, count):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        script = load_script(experiment.path)
+        launch(folder, experiment, flags(script, folder / "output", tiny_data_dir, epochs=6), count)
+        return weights(folder / "output")
+
+    return train
+
+
 @each_of([V3])
 @pytest.mark.parametrize("counts", [(2, 0), (0, 2), (2, 2)])
 def test_a_stopped_run_goes_on_with_another_number_of_processes(
-    experiment, tiny_data_dir, tmp_path, counts
+    experiment, undisturbed_by, tiny_data_dir, tmp_path, counts
 ):
-    script = load_script(experiment.path)
-    for folder, several in (("undisturbed", counts[1:]), ("stopped", counts)):
-        output = tmp_path / folder
-        for number, count in enumerate(several):
-            arguments = flags(script, output, tiny_data_dir, epochs=6)
-            stopping = folder == "stopped" and number == 0
-            run = Launched(tmp_path, experiment, arguments, count, SLOWLY if stopping else "")
-            if stopping:
-                run.wait_for("diffusion: epoch 1 of 6")
-                os.kill((run.workers() or [0])[-1] if count else run.process.pid, signal.SIGTERM)
-            status, out, err = run.end()
-            assert (status == 0) != stopping, out + err
-            if stopping:
-                assert re.search(r"SIGTERM at diffusion, step \d+ of 18: saved", err)
-                assert 3 <= steps(output)["diffusion"] < 18
-    one, two = weights(tmp_path / "undisturbed"), weights(tmp_path / "stopped")
+    output = tmp_path / "output"
+    arguments = flags(load_script(experiment.path), output, tiny_data_dir, epochs=6)
+    run = Launched(tmp_path, experiment, arguments, counts[0], SLOWLY)
+    run.wait_for("diffusion: epoch 1 of 6")
+    os.kill(run.workers()[-1] if counts[0] else run.process.pid, signal.SIGTERM)
+    status, out, err = run.end()
+    assert status != 0, out + err
+    assert re.search(r"SIGTERM at diffusion, step \d+ of 18: saved", err)
+    assert 3 <= steps(output)["diffusion"] < 18
+    launch(tmp_path, experiment, arguments, counts[1])
+    one, two = undisturbed_by(experiment, counts[1]), weights(output)
     if counts == (2, 2):
         assert torch.equal(one, two)
     assert (one - two).norm() < 0.01 * one.norm()
