@@ -3,8 +3,12 @@
 The experiment is tests/tiny_experiment.py: one stage, one linear layer, a stochastic sampler.
 """
 
+import itertools
 import math
 import shutil
+import signal
+import time
+import types
 
 import pytest
 import torch
@@ -165,6 +169,46 @@ def test_validation_loss_is_that_of_the_whole_set_with_the_same_noise(module):
     expected = (arrays[0].double() / 127.5 - 1).mean().item()
     [mean] = module.validation_losses(brightness, network, arrays).values()
     assert mean == pytest.approx(expected, abs=1e-6)
+
+
+def test_where_epochs_are_short_saves_and_samples_go_by_the_clock(
+    module, undisturbed, monkeypatch, tiny_data_dir, tmp_path
+):
+    """As on a GPU: nothing at the ends of epochs, but all that a signal or the end asks for."""
+    real, events = module.save_checkpoint, []
+    monkeypatch.setattr(module, "is_fast", lambda device: True)
+    monkeypatch.setattr(module, "save_checkpoint", lambda *args: events.append(real(*args)))
+    monkeypatch.setattr(module.Run, "draw", lambda run, epoch: events.append("drawn"))
+    arguments = flags(module, tmp_path, tiny_data_dir)
+    assert run(module, arguments) == 0
+    assert events == [None] and steps(tmp_path) == {"diffusion": 9}
+    assert differences(read(undisturbed), read(tmp_path)) == []
+    for at in (4, 6):  # in the midst of an epoch, and at the end of one
+        output = tmp_path / str(at)
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at_step(patch, module, at)
+            assert run(module, flags(module, output, tiny_data_dir)) == 130
+        assert steps(output) == {"diffusion": at}
+
+
+def test_samples_that_a_fast_device_draws_now_and_then_do_not_hide_a_signal(
+    module, monkeypatch, tiny_data_dir, tmp_path
+):
+    """It comes while they are drawn, and their epoch was not saved."""
+    clock = itertools.count(0, 10)  # seconds: at each look ten more are gone
+    monkeypatch.setattr(module, "is_fast", lambda device: True)
+    slow_motion = types.SimpleNamespace(**vars(time))
+    slow_motion.monotonic = lambda: next(clock)
+    monkeypatch.setattr(module, "time", slow_motion)
+    drawn = []
+
+    def draw(run, epoch):
+        drawn.append(epoch)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(module.Run, "draw", draw)
+    assert run(module, flags(module, tmp_path, tiny_data_dir)) == 128 + signal.SIGTERM
+    assert steps(tmp_path) == {"diffusion": 3 * drawn[0]}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")

@@ -628,6 +628,11 @@ def arithmetic(device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+def is_fast(device: torch.device) -> bool:
+    """Whether epochs take seconds there, so that saving and drawing at each would take longer."""
+    return device.type != "cpu"
+
+
 def derived_seed(*parts) -> int:
     """A 63-bit seed: the same for the same parts, independent for others."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
@@ -1291,7 +1296,7 @@ def train_steps(
     few minutes, and on a signal.
     """
     device, size, order, pending = arrays[0].device, stage.batch_size, None, []
-    share, me, first, slow = size // world(), rank(), rank() == 0, device.type == "cpu"
+    share, me, first, slow = size // world(), rank(), rank() == 0, not is_fast(device)
     saved_at = drawn_at = time.monotonic()
     seed = partial(derived_seed, run.config.seed, stage.name)
     images = {"initial": stage.step * size, "total": stage.total_steps * size, "unit": " images"}
