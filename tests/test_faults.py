@@ -325,7 +325,8 @@ def test_download_that_fails_is_answered_and_the_next_one_works(
         started = time.monotonic()
         line = refusal(module, arguments)
         assert time.monotonic() - started < 25
-    assert {"silent": "timed out", "broken": f"Error downloading {ARCHIVES[0]}"}[kind] in line
+    words = {"silent": ["timed out"], "broken": [f"Error downloading {ARCHIVES[0]}", "corrupted"]}
+    assert any(part in line for part in words[kind])  # as torchvision's release says it
     assert ARCHIVES[0] in line and "from github.com/zalandoresearch/fashion-mnist" in line
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(30))
     serve(1.0)

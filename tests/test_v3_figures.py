@@ -160,10 +160,12 @@ def test_animation_is_a_sound_gif_of_its_pictures(drawn, label):
     image, state, guess = (pictures_at(place, frames) for place in PLACES)
     # what is seen there and back; the noise and the clean image are shown once
     there, back = [part.flip(0)[:steps] for part in call.out], [part[:-1] for part in call.back]
-    assert torch.equal(image, torch.cat([there[0], back[0]]))
-    assert torch.equal(state, torch.cat([there[1], back[1]]))
+    # odd greys become even ones, see `save_animation`
+    for seen, drawn_there in ((image, 0), (state, 1)):
+        expected = torch.cat([there[drawn_there], back[drawn_there]])
+        assert (seen.int() - expected.int()).abs().max() <= 2
     assert (guess[:steps] == 255).all()  # on the way out there is none
-    assert torch.equal(guess[steps:], back[2])
+    assert (guess[steps:].int() - back[2].int()).abs().max() <= 2
     words = []  # all that is no picture
     for frame in frames:
         for left, top, size in PLACES:

@@ -320,8 +320,8 @@ class ConditionedBlock(nn.Module):
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sines and cosines of t (B,) in 0..1000, at `dim` / 2 frequencies down to 1/10000."""
-    exponents = torch.arange(dim // 2, device=t.device) / (dim // 2)
-    angles = t[:, None].float() * torch.exp(-math.log(10_000) * exponents)
+    steps = torch.arange(dim // 2, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(10_000) * steps / (dim // 2))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -1768,6 +1768,8 @@ def save_animation(
     # Pillow's own font knows no Greek
     dejavu = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
     steps, fonts = len(captions) - 1, [ImageFont.truetype(dejavu, size) for size in (16, 11)]
+    # a palette without room for "as before" is written wrongly by some releases of Pillow
+    greys = [grey if grey == 255 else grey - grey % 2 for grey in range(256)]
     places = ((0, 30, 224), (14, 274, 84), (126, 274, 84))  # left, top, size
     frames = []
     for index in range(2 * steps):
@@ -1783,7 +1785,7 @@ def save_animation(
         draw.text((56, 258), "state", font=fonts[1], fill=0, anchor="ma")
         text = "guess of the image" if index >= steps else "noise is added"
         draw.text((168, 258), text, font=fonts[1], fill=0, anchor="ma")
-        frames.append(frame)
+        frames.append(frame.point(greys))
     pauses = {0: 1200, steps: 500}
     content, times = io.BytesIO(), [pauses.get(index, 80) for index in range(len(frames))]
     rest = {"append_images": frames[1:], "duration": times, "loop": 0}

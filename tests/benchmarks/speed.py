@@ -440,7 +440,7 @@ def precision(device):
     in the scripts."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"
 
 
