@@ -450,6 +450,24 @@ def test_of_several_runs_at_once_on_fresh_data_one_gets_it(experiment, tmp_path)
     assert sum(calls for _, calls in answers) == 1
 
 
+def test_a_run_that_is_killed_while_it_gets_the_data_blocks_no_other(experiment, tmp_path):
+    write_tiny_data(tmp_path / "source")
+    archives, raw = (tmp_path / name / "FashionMNIST" / "raw" for name in ("source", "fresh"))
+    context = multiprocessing.get_context("forkserver")
+    for killed in (True, False):
+        starts, results = context.Event(), context.Queue()
+        arguments = experiment.path, tmp_path / "fresh", archives, starts, results
+        process = context.Process(target=fetch, args=arguments, daemon=True)
+        process.start()
+        starts.set()
+        while killed and not (raw / ARCHIVES[0]).exists():  # half of it, and the lock is held
+            time.sleep(0.01)
+        if killed:
+            process.kill()
+            process.join(60)
+    assert results.get(timeout=60) == (640, 1)
+
+
 def test_the_scripts_checkpoint_is_a_file_like_any_other(undisturbed):
     """A colleague may read it: the umask decides, not the script."""
     mode = (undisturbed / "checkpoints" / "last.pt").stat().st_mode
