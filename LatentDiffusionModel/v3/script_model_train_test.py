@@ -1,6 +1,7 @@
 """Latent rectified flow on Fashion-MNIST: autoencoder with channel attention, conditional UNet.
 
-Stage 1 trains an autoencoder that turns a 28x28 image into a small latent. Stage 2 trains a
+Stage 1 trains an autoencoder that turns a 28x28 image into a small latent. Stage 2 trains its
+decoder on against a discriminator, which gives the images their texture. Stage 3 trains a
 class-conditional UNet to carry Gaussian noise to such latents along straight lines. Sampling
 integrates the learnt velocity with Euler's or Heun's method under classifier-free guidance, and
 decodes the result.
@@ -12,13 +13,14 @@ decodes the result.
     python script_model_train_test.py --sample-only --export-samples 10000
 
 Papers: rectified flow (Liu et al. 2022, arXiv 2209.03003) with logit-normal times (Esser et al.
-2024, 2403.03206); latent diffusion (Rombach et al. 2022, 2112.10752) with a perceptual loss (Zhang
-et al. 2018, 1801.03924); classifier-free guidance (Ho & Salimans 2022, 2207.12598); channel
+2024, 2403.03206); latent diffusion (Rombach et al. 2022, 2112.10752) with a patch discriminator
+(Isola et al. 2017, 1611.07004); classifier-free guidance (Ho & Salimans 2022, 2207.12598); channel
 attention (Hu et al. 2018, 1709.01507).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -45,16 +47,18 @@ def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=Non
 class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
-    # stage 1: the autoencoder
-    autoencoder_epochs: int = option(2, "epochs", 1, 10_000, gpu=30, quick=1, resume="keep")
+    # stages 1 and 2: the autoencoder, then its decoder against the discriminator
+    autoencoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=30, quick=1, resume="keep")
+    decoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=30, quick=1, resume="keep")
     autoencoder_batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
     autoencoder_learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     autoencoder_width: int = option(32, "channels at 14x14", 8, 512, multiple=8, quick=8)
-    latent_channels: int = option(4, "channels of the 7x7 latent", 1, 64)
+    latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
     latent_noise: float = option(0.1, "noise on the latents, whose own std is 1", 0.0, 1.0)
-    perceptual_weight: float = option(4.0, "weight of the perceptual distance", 0.0, 100.0)
-    # stage 2: the diffusion
-    epochs: int = option(8, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
+    discriminator_width: int = option(64, "channels", 8, 512, multiple=8, quick=8)
+    adversarial_weight: float = option(0.05, "of realism beside the error", 0.0, 100.0)
+    # stage 3: the diffusion
+    epochs: int = option(8, "epochs of stage 3", 1, 100_000, gpu=300, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
@@ -183,8 +187,8 @@ def zero_init(layer: nn.Module) -> nn.Module:
 class Autoencoder(nn.Module):
     """28x28 images to latents of `latent_channels` x 7 x 7 and back.
 
-    `encode` and `decode` speak of standardised latents: each channel has mean 0 and variance 1 over
-    the training set once `set_statistics` has been called.
+    `encode` speaks of standardised latents: each channel has mean 0 and variance 1 over the
+    training set once `set_statistics` has been called.
     """
 
     def __init__(self, latent_channels: int, width: int):
@@ -224,9 +228,9 @@ class Autoencoder(nn.Module):
         """Images (B, 1, 28, 28) in [-1, 1] to standardised latents (B, C, 7, 7)."""
         return (self.raw_encode(images) - self.latent_mean) / self.latent_std
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Standardised latents (B, C, 7, 7) to images (B, 1, 28, 28), about [-1, 1]."""
-        return self.decoder(latents * self.latent_std + self.latent_mean).float()
+    def destandardise(self, latents: Tensor) -> Tensor:
+        """Standardised latents (B, C, 7, 7) to raw ones."""
+        return latents * self.latent_std + self.latent_mean
 
     def set_statistics(self, latents: Tensor) -> None:
         """Takes mean and standard deviation of each channel from raw latents (N, C, 7, 7)."""
@@ -234,52 +238,47 @@ class Autoencoder(nn.Module):
         self.latent_std.copy_(latents.std(dim=(0, 2, 3), keepdim=True))
 
 
-class PerceptualNet(nn.Module):
-    """A small classifier whose feature maps measure how alike two images look."""
-
-    def __init__(self, width: int = 32):
-        super().__init__()
-        widths = (1, width, 2 * width, 4 * width)
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.GroupNorm(8, o), nn.ReLU())
-            for i, o in zip(widths, widths[1:])
-        )
-        self.head = nn.Linear(widths[-1], len(CLASS_NAMES))
-
-    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Images (B, 1, 28, 28) to the feature maps of the three stages and the logits (B, 10)."""
-        features = [images]
-        for stage in self.stages:
-            features.append(stage(features[-1]))
-        return features[1:], self.head(features[-1].mean(dim=(2, 3)))
-
-
-def autoencoder_loss(
-    networks: nn.ModuleDict, images: Tensor, labels: Tensor, rng: Rng, *, latent_noise: float,
-    perceptual_weight: float,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Absolute error + perceptual distance + the classifier's cross-entropy, for images
-    (B, 1, 28, 28) in [-1, 1] and labels (B,). The classifier learns from real images only: the
-    autoencoder sees its features but cannot change them."""
-    autoencoder, perceptual_net = networks["autoencoder"], networks["perceptual_net"]
+def reconstruction_loss(
+    autoencoder: Autoencoder, images: Tensor, rng: Rng, *, latent_noise: float
+) -> Tensor:
+    """Mean absolute error of images (B, 1, 28, 28) in [-1, 1] decoded from noisy latents."""
     z = autoencoder.raw_encode(images)
-    reconstructions = autoencoder.decoder(z + latent_noise * rng.randn(*z.shape)).float()
-    real, logits = perceptual_net(images)
-    frozen = {name: parameter.detach() for name, parameter in perceptual_net.named_parameters()}
-    made, _ = torch.func.functional_call(perceptual_net, frozen, (reconstructions,))
-    distance = sum(perceptual_distance(a.detach(), b) for a, b in zip(real, made))
+    return (images - autoencoder.decoder(z + latent_noise * rng.randn(*z.shape))).abs().mean()
+
+
+def patch_discriminator(width: int) -> nn.Sequential:
+    """Images (B, 1, 28, 28) to logits of being real (B, 1, 7, 7), each of the patch around its
+    place (Isola et al. 2017, Sec. 3.2.2)."""
+    return nn.Sequential(
+        nn.PixelUnshuffle(2),  # (B, 4, 14, 14)
+        nn.Conv2d(4, width, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, width, 4, stride=2, padding=1),  # (B, W, 7, 7)
+        nn.GroupNorm(8, width),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.GroupNorm(8, 2 * width),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(2 * width, 1, 3, padding=1),
+    )
+
+
+def adversarial_loss(
+    networks: nn.ModuleDict, latents: Tensor, images: Tensor, *, weight: float
+) -> dict[str, Tensor]:
+    """Decodes raw latents (B, C, 7, 7) of images (B, 1, 28, 28) in [-1, 1]. The decoder learns
+    from the error and from `weight` times the discriminator's opinion, the discriminator from its
+    own hinge loss alone (Lim & Ye 2017, Eq. 8-9)."""
+    decoder, discriminator = networks["decoder"], networks["discriminator"]
+    made = decoder(latents).float()
+    frozen = {name: weights.detach() for name, weights in discriminator.named_parameters()}
+    realism = torch.func.functional_call(discriminator, frozen, (made,)).float()
+    real, fake = discriminator(torch.cat([images, made.detach()])).float().chunk(2)
     return {
-        "absolute error": (images - reconstructions).abs().mean(),
-        "perceptual distance": perceptual_weight * distance,
-        "cross-entropy of the classifier": F.cross_entropy(logits.float(), labels),
+        "absolute error": (images - made).abs().mean(),
+        "unrealism": -weight * realism.mean(),
+        "hinge loss of the discriminator": F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
     }
-
-
-def perceptual_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared distance of feature maps normalised over channels (Zhang et al. 2018, Eq. 1,
-    with unit weights)."""
-    a, b = F.normalize(a.float(), dim=1, eps=1e-3), F.normalize(b.float(), dim=1, eps=1e-3)
-    return (a - b).square().sum(dim=1).mean()
 
 
 class SelfAttention(nn.Module):
@@ -369,7 +368,7 @@ class LatentUNet(nn.Module):
 
 
 # ==================================================================================================
-# The two stages
+# The three stages
 # ==================================================================================================
 
 
@@ -381,28 +380,43 @@ def state_shape(config: Config) -> tuple[int, int, int]:
 def build_networks(config: Config) -> dict[str, nn.Module]:
     """What each stage trains."""
     autoencoder = Autoencoder(config.latent_channels, config.autoencoder_width)
-    compression = {"autoencoder": autoencoder, "perceptual_net": PerceptualNet()}
+    discriminator = patch_discriminator(config.discriminator_width)
+    players = {"decoder": copy.deepcopy(autoencoder.decoder), "discriminator": discriminator}
     denoiser = LatentUNet(config.latent_channels, config.width)
-    return {"autoencoder": nn.ModuleDict(compression), "diffusion": denoiser}
+    return {"autoencoder": autoencoder, "decoder": nn.ModuleDict(players), "diffusion": denoiser}
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    """Trains the autoencoder, then the flow on the latents of the averaged autoencoder."""
-    config = run.config
-    weights = {"latent_noise": config.latent_noise, "perceptual_weight": config.perceptual_weight}
+    """Trains the autoencoder, then its decoder, then the flow, each on the averages of the last."""
+    config, autoencoder = run.config, models.autoencoder
+    rates = {"learning_rate": config.autoencoder_learning_rate}
+    rates["batch_size"] = config.autoencoder_batch_size
     run.train(
         "autoencoder",
-        partial(autoencoder_loss, **weights),
-        (data.train_images, data.train_labels),
-        (data.validation_images, data.validation_labels),
+        partial(reconstruction_loss, latent_noise=config.latent_noise),
+        (data.train_images,),
+        (data.validation_images,),
         epochs=config.autoencoder_epochs,
-        batch_size=config.autoencoder_batch_size,
-        learning_rate=config.autoencoder_learning_rate,
-        after_epoch=partial(save_reconstructions, models, data, run.output),
+        **rates,
     )
-    autoencoder = models.autoencoder["autoencoder"]
-    if not run.begun("diffusion"):  # the flow's noise has variance 1, so must its data
-        autoencoder.set_statistics(once(autoencoder.raw_encode, data.train_images))
+    raw = once(autoencoder.raw_encode, data.train_images)
+    if not run.begun("decoder"):
+        autoencoder.set_statistics(raw)  # the flow's noise has variance 1, so must its data
+        run.networks["decoder"]["decoder"].load_state_dict(autoencoder.decoder.state_dict())
+
+    def loss(networks: nn.ModuleDict, latents: Tensor, images: Tensor, rng: Rng) -> dict:
+        noisy = latents + config.latent_noise * rng.randn(*latents.shape)
+        return adversarial_loss(networks, noisy, images, weight=config.adversarial_weight)
+
+    run.train(
+        "decoder",
+        loss,
+        (raw, data.train_images),
+        (once(autoencoder.raw_encode, data.validation_images), data.validation_images),
+        epochs=config.decoder_epochs,
+        after_epoch=partial(save_reconstructions, models, data, run.output),
+        **rates,
+    )
     run.train(
         "diffusion",
         partial(rectified_flow_loss, class_dropout=config.class_dropout),
@@ -416,12 +430,12 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
 
 def embed(models: Models, images: Tensor) -> Tensor:
     """Images (B, 1, 28, 28) in [-1, 1] to standardised latents (B, C, 7, 7)."""
-    return models.autoencoder["autoencoder"].encode(images)
+    return models.autoencoder.encode(images)
 
 
 def decode(models: Models, states: Tensor) -> Tensor:
     """Standardised latents (B, C, 7, 7) to images (B, 1, 28, 28), about [-1, 1]."""
-    return models.autoencoder["autoencoder"].decode(states)
+    return models.decoder["decoder"](models.autoencoder.destandardise(states)).float()
 
 
 # ==================================================================================================
