@@ -86,7 +86,7 @@ def paste(figure, image, left, top, factor):
     """Put a uint8 image (28, 28), each pixel a square of ``factor`` pixels, at this corner."""
     large = np.asarray(image).repeat(factor, axis=0).repeat(factor, axis=1)
     bottom = pixels(figure) - top - len(large)
-    figure.figimage(large, left, bottom, cmap="gray", vmin=0, vmax=255, origin="upper")
+    figure.figimage(large[:, :, None].repeat(3, axis=2), left, bottom, origin="upper")
 
 
 def save(figure, path):
@@ -418,7 +418,7 @@ def main(argv=None, repository=speed.REPOSITORY):
             )
         {"ladder": ladder, "schedules": schedules}[args.figure](args, repository)
     except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
