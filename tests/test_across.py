@@ -84,7 +84,6 @@ def test_trajectory_ends_at_the_versions_own_sample(experiment, undisturbed):
     images = across.read_trajectory(experiment.path, undisturbed, "cpu")
     assert images.shape == (2, 11, 28, 28) and images.dtype == torch.uint8
     assert torch.equal(images[0, -1], images[1, -1])
-    assert not torch.equal(images[0, 0], images[1, 0])
     script = load_script(experiment.path)
     models = script.load_trained(undisturbed, "cpu")
     changes = {"eta": 0.0} if hasattr(models.config, "eta") else {}
@@ -92,6 +91,10 @@ def test_trajectory_ends_at_the_versions_own_sample(experiment, undisturbed):
     label = torch.tensor([9 if experiment.conditional else script.NULL_CLASS])
     sample = script.generate_samples(models, label, first=9)
     assert torch.equal(sample[0, 0], images[0, -1])
+    noise, classes = script.noise_of_samples(models, range(9, 10))(), script.class_weights(label)
+    drawn = script.draw_trajectories(models, noise, classes, 10)
+    for shown, states in zip(images, (drawn.states, drawn.guesses)):
+        assert torch.equal(shown, script.decode_images(models, states)[:, 0, 0])
 
 
 def test_ladder_shows_each_state_and_guess(tmp_path):
@@ -260,13 +263,25 @@ def test_training_exports_samples_of_each_epoch_and_is_not_changed_by_it(
         across.read_epochs(files)
 
 
-def test_long_trainings_show_some_epochs_and_forget_those_of_older_runs(
-    tiny_flags, tmp_path, monkeypatch
+def test_a_training_that_was_cut_off_goes_on_without_samples_of_older_runs(
+    tiny_flags, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(across, "MOST_EPOCHS", 2)
     stale = tmp_path / "learning" / "epoch_3" / "samples.npz"
     stale.parent.mkdir(parents=True)
-    np.savez(stale, np.zeros((200, 28, 28, 1), np.uint8))
+    stale.write_bytes(b"of an older run")
+    module = script_runs.load_without_figures(SCRIPT_V3)
+    script_runs.interrupt_at_step(monkeypatch, module, 6 + 4)  # in the diffusion's second epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(across.speed, "load_script", lambda path: module)
+        status, files = across.train(SCRIPT_V3, tiny_flags, tmp_path, 100)
+    assert status == 130 and "run again to resume" in capsys.readouterr().err
+    assert files[1].is_file() and not stale.exists()
+    status, files = across.train(SCRIPT_V3, tiny_flags, tmp_path, 100)
+    assert status == 0 and [*across.read_epochs(files)] == [1, 2, 3]
+
+
+def test_long_trainings_show_some_epochs(tiny_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(across, "MOST_EPOCHS", 2)
     status, files = across.train(SCRIPT_V3, [*tiny_flags, "--epochs=5"], tmp_path, 100)
     assert status == 0 and [*files] == [2, 5]
     assert len(across.read_epochs(files)) == 2
@@ -302,7 +317,7 @@ def test_learning_shows_a_column_an_epoch(epochs, classes, tmp_path):
     }
     real = {sample: np.full((28, 28), sample, np.uint8) for sample in across.PICTURED}
     rows = {
-        epoch: {"percent_of_blur": 300.0 - epoch, "swd_percent_of_blur": epoch + 500.0}
+        epoch: {"percent_of_blur": 9300.0 - epoch, "swd_percent_of_blur": epoch + 5000.0}
         for epoch in samples
     }
     figure = across.draw_learning(V3, samples, rows, WIDEST, real if classes else {})
@@ -314,8 +329,10 @@ def test_learning_shows_a_column_an_epoch(epochs, classes, tmp_path):
         expected = [images[sample] for images, _ in samples.values()]
         expected += [real[sample]] if classes else []
         for column, image in enumerate(expected):
-            array = places[row * columns + column][0]
+            array, _, left = places[row * columns + column]
             assert np.array_equal(array, enlarged(image, factor))
+            heading = figure.texts[texts.index([*map(str, rows), "real"][column])]
+            assert abs(left + 14 * factor - 840 * heading.get_position()[0]) <= 1
     for epoch, row in rows.items():
         place = texts.index(str(epoch))
         scores = [f"{row[key]:.0f}%" for key in ("percent_of_blur", "swd_percent_of_blur")]

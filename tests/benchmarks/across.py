@@ -335,7 +335,7 @@ def draw_learning(version, samples, rows, floor, real):
         middle = left + column * (index + 0.5)
         write(figure, str(epoch), middle, words["epoch"], ha="center")
         for name, key in SCORES.items():
-            write(figure, percent(row[key]), middle, words[name], ha="center")
+            write(figure, percent(row[key]), middle, words[name] + 1, 18, ha="center")
         shown = samples[epoch][0] if epoch in samples else real
         for line, sample in enumerate(PICTURED if len(shown) else ()):
             place = round(middle) - 14 * factor, above + tile * line
