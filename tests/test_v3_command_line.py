@@ -26,13 +26,13 @@ pytestmark = on_v3
         (["--epochs=two"], ["--epochs", "two", "int"]),
         (["--learning-rate=nan"], ["--learning-rate", "nan"]),
         (["--sampler=rk4"], ["euler", "heun"]),
-        (["--class=Sandal"], ["--sample-only"]),
+        (["--class=Sandal"], ["--class", "--sample-only"]),
         (["--fresh", "--sample-only"], ["--fresh", "--sample-only"]),
         (["--guidance-scale=21"], ["--guidance-scale", "0 to 20"]),
         (["--width=12"], ["--width", "multiple of 8"]),
         (["--num-samples=16"], ["--sample-only"]),
         (["--sample-only", "--num-samples=0"], ["--num-samples", "1 to 1000000"]),
-        (["--export-samples=0"], ["--export-samples", "1 to 1000000"]),
+        (["--export-samples=-1"], ["--export-samples", "0 to 1000000"]),
         (["--quick", "stray"], ["stray"]),
     ],
 )
@@ -65,7 +65,7 @@ def test_number_of_samples_is_the_number_drawn(module, output, monkeypatch):
     note = lambda models, labels: asked.append(labels) or real(models, labels)  # noqa: E731
     monkeypatch.setattr(module, "generate_samples", note)
     arguments = [f"--output-dir={output}", "--device=cpu", "--sample-only"]
-    assert run(module, [*arguments, "--class=ankle-boot", "--num-samples=5"]) == 0
+    assert run(module, [*arguments, "--class=Ankle boot", "--num-samples=5"]) == 0
     assert run(module, [*arguments, "--num-samples=12"]) == 0
     assert run(module, [*arguments, "--class=Sandal"]) == 0
     assert [labels.tolist() for labels in asked] == [[9] * 5, [*range(10), 0, 1], [5] * 16]

@@ -397,16 +397,6 @@ def test_read_only_archives_are_enough(module, archives_only, no_network):
     assert sorted(archives_only.iterdir()) == before
 
 
-def test_a_damaged_archive_is_named_with_both_checksums(module, archives_only, no_network, capsys):
-    path, good = archives_only / ARCHIVES[0], dict(FashionMNIST.resources)[ARCHIVES[0]]
-    path.write_bytes(path.read_bytes()[:-1])
-    config = module.Settings(data_dir=str(archives_only.parents[1]))
-    with pytest.raises(module.ExperimentError, match="Without a network, put whole copies"):
-        module.load_fashion_mnist(config, torch.device("cpu"))
-    assert f"{path} is damaged: its MD5 is" in (out := capsys.readouterr().out)
-    assert f"not {good}" in out
-
-
 def fetch(script_path, folder, archives, starts, results):
     """In a process of its own: get the data, from `archives` instead of the network."""
     module = load_script(script_path)
