@@ -2,12 +2,10 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
 import pytest
-import torch
 
 from script_runs import flags, on_v3, refusal, run
 
@@ -90,12 +88,3 @@ def test_import_does_nothing(experiment, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], **how)
     assert (done.returncode, done.stdout, done.stderr) == (0, "LatentDiffusionModel/v3\n", "")
     assert os.listdir(tmp_path) == [os.path.basename(path)]
-
-
-def test_data_on_disk_needs_no_network(module, tiny_data_dir, monkeypatch):
-    def connect(*args):
-        pytest.fail("a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
-    config = module.Settings(data_dir=str(tiny_data_dir), train_images=100)
-    assert len(module.load_fashion_mnist(config, torch.device("cpu")).train_images) == 100
