@@ -632,10 +632,7 @@ class Rng:
     the numbers of the whole and keeps its own rows.
     """
 
-    def __init__(
-        self, seed: int, device: torch.device, source: torch.device | None = None, rank: int = 0,
-        world: int = 1,
-    ):  # fmt: skip
+    def __init__(self, seed: int, device: torch.device, source=None, rank: int = 0, world: int = 1):
         generator = torch.Generator(source or device).manual_seed(seed)
         self.how = {"generator": generator, "device": generator.device}
         self.device, self.rank, self.world = device, rank, world
@@ -739,16 +736,16 @@ class Data(NamedTuple):
 def read_idx(raw: Path, name: str) -> np.ndarray | None:
     """The array in an unpacked idx file, else in its archive; None if there is no good one. A file
     is good if its size is what its header says, an archive if its MD5 is torchvision's."""
-    unpacked, archive = raw / name, raw / f"{name}.gz"
-    good = check_integrity(archive, dict(FashionMNIST.resources)[archive.name])
-    for path in [unpacked] * unpacked.exists() + [archive] * good:
-        content = path.read_bytes() if path == unpacked else gzip.decompress(path.read_bytes())
-        header = np.frombuffer(content[:16].ljust(16, b"\0"), ">i4")
-        shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]), header[:0])
-        offset = 4 + 4 * len(shape)
-        if len(shape) and len(content) == offset + int(np.prod(shape, dtype=np.int64)):
-            return np.frombuffer(content, np.uint8, offset=offset).reshape(shape)
-        print(f"warning: {path} is damaged")
+    for path in (raw / name, raw / f"{name}.gz"):
+        md5 = dict(FashionMNIST.resources).get(path.name)  # only archives have one
+        if check_integrity(path, md5):
+            content = gzip.decompress(path.read_bytes()) if md5 else path.read_bytes()
+            header = np.frombuffer(content[:16].ljust(16, b"\0"), ">i4")
+            shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]), header[:0])
+            offset = 4 + 4 * len(shape)
+            if len(shape) and len(content) == offset + int(np.prod(shape, dtype=np.int64)):
+                return np.frombuffer(content, np.uint8, offset=offset).reshape(shape)
+            print(f"warning: {path} is damaged")
     return None
 
 
@@ -886,8 +883,7 @@ def read_checkpoint(path: Path) -> dict:
             raise ValueError("it is no checkpoint")
         return content
     except Exception as error:  # arbitrary bytes provoke arbitrary errors
-        reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"{type(error).__name__}: {reason}") from None
+        raise ValueError(repr(error)[:150]) from None
 
 
 def find_checkpoint(folder: Path) -> dict | None:
@@ -911,8 +907,7 @@ def find_checkpoint(folder: Path) -> dict | None:
             with contextlib.suppress(OSError):
                 os.replace(last, folder / f"damaged_{time.time_ns()}.pt")
     if content["version"] != VERSION:
-        whose = f"{content['version']}, not to {VERSION}"
-        raise ExperimentError(f"{path} belongs to {whose}: {START_OVER}")
+        raise ExperimentError(f"{path} belongs to {content['version']}: {START_OVER}")
     fits = content["format"] == CHECKPOINT["format"]
     fits = fits and content.keys() == {*CHECKPOINT, "config", "stages", "history"}
     if not fits or {*content["config"]} != stored_settings("match", "keep"):
@@ -925,8 +920,7 @@ def load_state(part, state: dict | None) -> None:
     try:
         part.load_state_dict(state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ExperimentError(f"the checkpoint does not fit ({reason}): see --fresh") from None
+        raise ExperimentError(f"the checkpoint does not fit, {error!r:.99}: {START_OVER}") from None
 
 
 def move_aside(folder: Path) -> None:
@@ -1180,9 +1174,7 @@ def loss_parts(loss: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def validation_losses(
-    loss: Callable[..., Tensor], network: nn.Module, arrays: tuple[Tensor, ...]
-) -> dict[str, float]:
+def validation_losses(loss: Callable, network: nn.Module, arrays: tuple[Tensor, ...]) -> dict:
     """The parts of the network's mean loss over `arrays`, with the same noise and times always."""
     device, rows = arrays[0].device, []
     rng = Rng(0, device, source=torch.device("cpu"))
@@ -1194,10 +1186,7 @@ def validation_losses(
     return {name: value / len(arrays[0]) for name, value in zip(parts, sums)}
 
 
-def train_steps(
-    run: Run, stage: Stage, arrays: tuple[Tensor, ...], validate: Callable[[], dict],
-    after_epoch: Callable[[int], None],
-) -> None:  # fmt: skip
+def train_steps(run: Run, stage: Stage, arrays: tuple, validate: Callable, draw: Callable) -> None:
     """The steps that `Run.train` has still to do. What is random depends on seed, stage and step
     alone, so that a resumed run goes on with the same bits. Saves and draws after each epoch (on a
     GPU, where they are short, by the clock); saves every few minutes too, and on a signal."""
@@ -1236,7 +1225,7 @@ def train_steps(
             if saving:
                 run.save()
                 if epoch_ends and first and not stop:
-                    after_epoch(stage.epoch)
+                    draw(stage.epoch)
                     save_loss_curves(run.history, run.output / "loss_curves.png")
                     save_page(run.models, run.output)
                 saved_at = time.monotonic()
@@ -1257,8 +1246,7 @@ def add_losses(run: Run, stage: Stage, pending: list[Tensor], bar: tqdm) -> None
             raise ExperimentError(message, 1)
         for name, value in zip(stage.loss_sums, losses):
             stage.loss_sums[name] += value
-    rate = f"{stage.learning_rate(step):.1e}"
-    bar.set_postfix(loss=f"{sum(losses):.4f}", lr=rate, refresh=False)
+    bar.set_postfix(loss=f"{sum(losses):.4f}", lr=f"{stage.learning_rate(step):.1e}", refresh=False)
     pending.clear()
 
 
@@ -1465,9 +1453,7 @@ def state_pictures(states: Tensor) -> Tensor:
     return center_crop(tiles, [28, 28]).unflatten(0, states.shape[:-3])  # the rest is black
 
 
-def save_animation(
-    out: list[Tensor], back: list[Tensor], captions: list[str], title: str, path: Path
-) -> None:
+def save_animation(out: list, back: list, captions: list[str], title: str, path: Path) -> None:
     """A looping GIF from the clean image out to noise by the forward process, and back as the model
     went. Large the image, below it small the state itself and, on the way back, the guess.
 
@@ -1793,8 +1779,7 @@ def save_page(models: Models, output: Path) -> None:
 # --- main -----------------------------------------------------------------------------------------
 
 FAULTS = {  # by what the kind of an error and its message say
-    "out of memory|DefaultCPUAllocator|MemoryError": "out of memory: smaller batches or widths need"
-    " less",
+    "of memory|CPUAllocator|MemoryError": "out of memory: smaller batches or widths need less",
     r"^torch\._(dynamo|inductor)": "--compile needs a C++ compiler on a CPU, Triton on a GPU",
     "gloo|Dist[A-Za-z]*Error": "another process has ended; see its message",
 }
