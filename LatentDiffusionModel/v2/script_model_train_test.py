@@ -1285,28 +1285,25 @@ class Run:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Here the first signal that ends a run only joins the list, as far as the process heeds it; a
-    second one acts as it did before. Outside the main thread nothing changes."""
+    """Here a signal that ends a run only joins the list, as far as the process heeds it; a second
+    one of its kind acts as it did before. Outside the main thread nothing changes."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     main = threading.current_thread() is threading.main_thread()
     old = {n: signal.getsignal(n) for n in signal.Signals if main and n.name in names}
     old = {n: handler for n, handler in old.items() if handler not in (signal.SIG_IGN, None)}
     noted = []
 
-    def restore(*_):
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
     def note(number, _):
         noted.append(number)
-        restore()
+        signal.signal(number, old[number])
 
     for number in old:
         signal.signal(number, note)
     try:
         yield noted
     finally:
-        restore()
+        for number, handler in old.items():
+            signal.signal(number, handler)
     if noted:  # too late for the loop to heed it
         signal.raise_signal(noted[0])
 
