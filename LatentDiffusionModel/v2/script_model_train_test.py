@@ -1516,9 +1516,7 @@ def load_trained(folder: Path, device: str = "auto", **changes) -> Models:
 
 def export_samples(models: Models, count: int, output: Path) -> None:
     """Writes `count` samples as npz in the layout of guided-diffusion: arr_0 uint8 (N, 28, 28, 1)
-    and arr_1 int64 (N,), the labels i mod 10, or -1 where there are no classes; process 0 does."""
-    if rank() > 0:
-        return
+    and arr_1 int64 (N,), the labels i mod 10, or -1 where there are no classes."""
     started, content, seed = time.perf_counter(), io.BytesIO(), models.config.sampling_seed
     labels = labels_in_turn(count, models.device)
     images = generate_samples(models, labels).permute(0, 2, 3, 1)
@@ -1769,8 +1767,6 @@ def save_all_figures(models: Models, data: Data, output: Path) -> None:
 
 def save_requested_samples(models: Models, output: Path) -> None:
     """A PNG of the samples that --class and --num-samples ask for: of one class, or all in turn."""
-    if rank() > 0:
-        return
     config, name = models.config, "samples"
     labels = labels_in_turn(config.num_samples, models.device)
     if config.class_ != "all":
@@ -1951,16 +1947,16 @@ def main(argv: list[str] | None = None) -> None:
     source = here / folder if "pretrained" in given else given.get("run_dir") or output
     join_processes(given.get("device", "auto"))
     with locked(output) if rank() == 0 else contextlib.nullcontext():
-        if "sample_only" in given:
+        if "sample_only" not in given:
+            models = run_training(given, output)
+        else:
             models = load_trained(Path(source).expanduser(), **given)
-            if given.keys() & {"class_", "num_samples"}:
-                save_requested_samples(models, output)
-            elif not given.get("export_samples"):
+            if not given.keys() & {"class_", "num_samples", "export_samples"}:
                 data = load_fashion_mnist(models.config, models.device)
                 save_all_figures(models, data, output)
-        else:
-            models = run_training(given, output)
-        if given.get("export_samples"):
+        if rank() == 0 and given.keys() & {"class_", "num_samples"}:
+            save_requested_samples(models, output)
+        if rank() == 0 and given.get("export_samples"):
             export_samples(models, given["export_samples"], output)
 
 
