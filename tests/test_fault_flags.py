@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import load_script
-from script_runs import CLASSES, answer, every_script, on_v3, refusal
+from script_runs import answer, every_script, on_v3, refusal
 
-OTHER_FLAGS = ["fresh", "sample-only", "quick", "pretrained", "export-samples", "num-samples"]
-OTHER_FLAGS += ["class", "help", "no-such-flag"]
+OTHER_FLAGS = ["help", "no-such-flag"]
 # What numbers count, by the end of their names; the help of the other numbers explains itself.
 UNITS = {
     "epochs": "epochs", "every": "epochs", "images": "images", "batch_size": "a step",
@@ -42,7 +41,7 @@ def parse(experiment):
 
     def parse(*arguments):
         parsed = []
-        module.main = lambda argv: parsed.append(vars(module.parse_command_line(argv)[1]))
+        module.main = lambda argv: parsed.append(module.parse_command_line(argv))
         status, error = answer(module, arguments)
         if status == 0:
             return parsed[0] if parsed else {}, error  # nothing with --help
@@ -61,15 +60,13 @@ def numbers_of(module):
             rules = field.metadata
             limits = rules["low"], rules["high"], rules["multiple"]
             yield field.name, type(field.default), *limits
-    for name in ("export_samples", "num_samples"):
-        yield name, int, 1, 1_000_000, None
 
 
 @on_v3
 @examples
 @given(st.data())
 def test_any_value_of_any_flag_is_accepted_or_gets_one_line(module, parse, data):
-    fields = {field.name.replace("_", "-"): field for field in dataclasses.fields(module.Settings)}
+    fields = {module.flag(field.name)[2:]: field for field in dataclasses.fields(module.Settings)}
     flag, value = data.draw(st.sampled_from([*fields, *OTHER_FLAGS])), data.draw(values)
     together = data.draw(st.booleans())
     understood, error = parse(*([f"--{flag}={value}"] if together else [f"--{flag}", value]))
@@ -106,20 +103,9 @@ def test_number_is_taken_exactly_or_answered_with_its_range(module, parse, data)
 @examples
 @given(st.data())
 def test_any_command_line_is_accepted_or_gets_one_line(module, parse, data):
-    names = [field.name.replace("_", "-") for field in dataclasses.fields(module.Settings)]
-    flags = st.sampled_from([*names, *OTHER_FLAGS]).map(lambda name: f"--{name}")
+    names = [module.flag(field.name) for field in dataclasses.fields(module.Settings)]
+    flags = st.sampled_from([*names, *(f"--{name}" for name in OTHER_FLAGS)])
     parse(*data.draw(st.lists(flags | texts | st.tuples(flags, values).map("=".join))))
-
-
-@on_v3
-@examples
-@given(st.data())
-def test_class_is_known_however_it_is_written(parse, data):
-    label = data.draw(st.integers(0, 9))
-    separators, upper = data.draw(st.text("-_/ .", max_size=2)), data.draw(st.booleans())
-    name = re.sub("[/ -]", lambda match: separators, CLASSES[label])
-    understood, _ = parse("--sample-only", f"--class={name.upper() if upper else name.lower()}")
-    assert understood["label"] == label
 
 
 @on_v3
@@ -171,7 +157,7 @@ def test_lowest_numbers_work(module, tiny_data_dir, tmp_path):
     lowest = {
         name: low or int(name.endswith("epochs")) for name, _, low, _, _ in numbers_of(module)
     }
-    del lowest["export_samples"], lowest["num_samples"]
+    del lowest["num_samples"]
     where = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
     numbers = [f"--{name.replace('_', '-')}={low}" for name, low in lowest.items()]
     assert answer(module, [*where, *numbers]) == (0, "")

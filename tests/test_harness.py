@@ -178,7 +178,7 @@ def test_where_epochs_are_short_saves_and_samples_go_by_the_clock(
     real, events = module.save_checkpoint, []
     monkeypatch.setattr(module, "is_fast", lambda device: True)
     monkeypatch.setattr(module, "save_checkpoint", lambda *args: events.append(real(*args)))
-    monkeypatch.setattr(module.Run, "draw", lambda run, epoch: events.append("drawn"))
+    monkeypatch.setattr(module, "save_samples", lambda *args: events.append("drawn"))
     arguments = flags(module, tmp_path, tiny_data_dir)
     assert run(module, arguments) == 0
     assert events == [None] and steps(tmp_path) == {"diffusion": 9}
@@ -194,8 +194,8 @@ def test_where_epochs_are_short_saves_and_samples_go_by_the_clock(
 def test_samples_that_a_fast_device_draws_now_and_then_do_not_hide_a_signal(
     module, monkeypatch, tiny_data_dir, tmp_path
 ):
-    """It comes while they are drawn, and their epoch was not saved."""
-    clock = itertools.count(0, 10)  # seconds: at each look ten more are gone
+    """It comes while they are drawn, and is heeded after one step more."""
+    clock = itertools.count(0, 25)  # seconds: at each look so many more are gone
     monkeypatch.setattr(module, "is_fast", lambda device: True)
     slow_motion = types.SimpleNamespace(**vars(time))
     slow_motion.monotonic = lambda: next(clock)
@@ -208,7 +208,7 @@ def test_samples_that_a_fast_device_draws_now_and_then_do_not_hide_a_signal(
 
     monkeypatch.setattr(module.Run, "draw", draw)
     assert run(module, flags(module, tmp_path, tiny_data_dir)) == 128 + signal.SIGTERM
-    assert steps(tmp_path) == {"diffusion": 3 * drawn[0]}
+    assert steps(tmp_path) == {"diffusion": 3 * drawn[0] + 1}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -282,6 +282,8 @@ def test_a_setting_is_the_flag_or_the_checkpoints_or_the_default(module):
     assert (settled.epochs, settled.rank, settled.noise) == (7, 24, "fresh")
     assert module.settle(defaults, {}, None) == module.Settings(**defaults)
     local = {"output_dir", "run_dir", "data_dir", "device", "compile", "sampling_seed"}
+    local |= {"fresh", "quick", "sample_only", "pretrained"}
+    local |= {"class_", "num_samples", "export_samples"}
     assert module.stored_settings("local") == local == defaults.keys() - stored.keys()
     with pytest.raises(module.ExperimentError) as raised:
         module.settle(defaults, {"rank": 8, "seed": 5, "epochs": 9}, checkpoint)

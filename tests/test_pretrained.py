@@ -79,9 +79,9 @@ def test_pretrained_weights_leave_the_own_run_alone(alone, tmp_path, undisturbed
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "--pretrained and --run-dir go with --sample-only"),
-        (["--sample-only", "--quick"], "--pretrained goes neither with --quick nor with --run-dir"),
-        (["--sample-only", "--run-dir=x"], "--pretrained goes neither with --quick nor with"),
+        ([], "--pretrained goes with --sample-only"),
+        (["--sample-only", "--quick"], "--pretrained and --quick do not go together"),
+        (["--sample-only", "--run-dir=x"], "--pretrained and --run-dir do not go together"),
     ],
 )
 def test_pretrained_is_for_sampling_only(arguments, reason, tmp_path):

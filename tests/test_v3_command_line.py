@@ -2,12 +2,10 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
 import pytest
-import torch
 
 from script_runs import flags, on_v3, refusal, run
 
@@ -26,13 +24,13 @@ pytestmark = on_v3
         (["--epochs=two"], ["--epochs", "two", "int"]),
         (["--learning-rate=nan"], ["--learning-rate", "nan"]),
         (["--sampler=rk4"], ["euler", "heun"]),
-        (["--class=Sandal"], ["--sample-only"]),
+        (["--class=Sandal"], ["--class", "--sample-only"]),
         (["--fresh", "--sample-only"], ["--fresh", "--sample-only"]),
         (["--guidance-scale=21"], ["--guidance-scale", "0 to 20"]),
         (["--width=12"], ["--width", "multiple of 8"]),
         (["--num-samples=16"], ["--sample-only"]),
         (["--sample-only", "--num-samples=0"], ["--num-samples", "1 to 1000000"]),
-        (["--export-samples=0"], ["--export-samples", "1 to 1000000"]),
+        (["--export-samples=-1"], ["--export-samples", "0 to 1000000"]),
         (["--quick", "stray"], ["stray"]),
     ],
 )
@@ -65,7 +63,7 @@ def test_number_of_samples_is_the_number_drawn(module, output, monkeypatch):
     note = lambda models, labels: asked.append(labels) or real(models, labels)  # noqa: E731
     monkeypatch.setattr(module, "generate_samples", note)
     arguments = [f"--output-dir={output}", "--device=cpu", "--sample-only"]
-    assert run(module, [*arguments, "--class=ankle-boot", "--num-samples=5"]) == 0
+    assert run(module, [*arguments, "--class=Ankle boot", "--num-samples=5"]) == 0
     assert run(module, [*arguments, "--num-samples=12"]) == 0
     assert run(module, [*arguments, "--class=Sandal"]) == 0
     assert [labels.tolist() for labels in asked] == [[9] * 5, [*range(10), 0, 1], [5] * 16]
@@ -90,12 +88,3 @@ def test_import_does_nothing(experiment, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], **how)
     assert (done.returncode, done.stdout, done.stderr) == (0, "LatentDiffusionModel/v3\n", "")
     assert os.listdir(tmp_path) == [os.path.basename(path)]
-
-
-def test_data_on_disk_needs_no_network(module, tiny_data_dir, monkeypatch):
-    def connect(*args):
-        pytest.fail("a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
-    config = module.Settings(data_dir=str(tiny_data_dir), train_images=100)
-    assert len(module.load_fashion_mnist(config, torch.device("cpu")).train_images) == 100

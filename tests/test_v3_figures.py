@@ -394,7 +394,9 @@ def test_paths_for_the_page_are_those_of_the_figures(script_v3, drawn):
     assert page["rows"] == ["state", "image", "guess"]
     for (name, of_class), call in zip(page["classes"].items(), drawn.path_figure):
         assert of_class["label"] == script_v3.CLASS_NAMES.index(name) == call.strong
-        assert of_class["file"] == FILE_NAMES[call.strong]
+        file = f"denoising_path_{FILE_NAMES[call.strong]}_epoch_{EPOCH}.png"
+        assert of_class["png"] == f"{folder.name}/{file}" and (folder / file).exists()
+        assert drawn.folder / of_class["gif"] == gif_path(drawn, call.strong)
         assert page["captions"] == call.captions
         np.testing.assert_allclose(of_class["path"], call.path, atol=0.0051)
         strip = Image.open(io.BytesIO(base64.b64decode(of_class["strip"]))).convert("L")

@@ -338,10 +338,10 @@ def save_own_figures(models: Models, data: Data, output: Path) -> None:
 # ==================================================================================================
 
 import argparse
+import atexit
 import base64
 import collections
 import contextlib
-import csv
 import dataclasses
 import errno
 import gzip
@@ -382,8 +382,11 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 from torchvision.datasets import FashionMNIST
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.functional import center_crop
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -394,36 +397,55 @@ except ImportError:  # Windows has no flock: two runs on one output folder are n
 
 # --- Settings and command line --------------------------------------------------------------------
 
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+    "Ankle boot",
+)  # fmt: skip
+TITLES = (*CLASS_NAMES, "no class")  # by label
+NULL_CLASS = len(CLASS_NAMES)
+
+once_only = partial(option, resume="local")  # is of one run of the script, and in no checkpoint
+
 
 @dataclasses.dataclass
 class Settings(Config):
     """Every setting of a run, each of them also a flag: the experiment's, and these."""
 
-    output_dir: str = option("", "folder for all that a run writes", resume="local")
-    run_dir: str = option("", "with --sample-only: output folder of the run", resume="local")
-    data_dir: str = option("", "torchvision's root (empty: data/ here)", resume="local")
-    device: str = option("auto", "cpu, cuda, cuda:N, mps; auto: the best", resume="local")
-    compile: bool = option(False, "torch.compile the networks in training", resume="local")
+    compile: bool = once_only(False, "torch.compile the networks in training")
     seed: int = option(0, "seed of training", 0, 2**31 - 1)
     train_images: int = option(55_000, "training images, from the first on", 10, 55_000, quick=1280)
     checkpoint_minutes: float = option(3.0, "between saves in an epoch", 0.0, 1e4, resume="keep")
     figures_every: int = option(50, "epochs between full figures", 1, 100_000, resume="keep")
-    sampling_seed: int = option(0, "seed of the samples' noise", 0, 2**31 - 1, resume="local")
+    output_dir: str = once_only("", "folder for all that a run writes")
+    data_dir: str = once_only("", "torchvision's root (empty: data/ here)")
+    device: str = once_only("auto", "cpu, cuda, cuda:N, mps; auto: the best")
+    fresh: bool = once_only(False, "start over; the old run moves to OUTPUT_DIR/old_runs")
+    quick: bool = once_only(False, "the whole pipeline, tiny, into output/quick")
+    sample_only: bool = once_only(False, "no training: all figures, or the samples asked for")
+    run_dir: str = once_only("", "with --sample-only: output folder of the run")
+    pretrained: bool = once_only(False, "with --sample-only: from the weights that come along")
+    class_: str = once_only("all", "with --sample-only: a PNG of it", choices=("all", *TITLES))
+    num_samples: int = once_only(16, "with --sample-only: a PNG of so many samples", 1, 10**6)
+    export_samples: int = once_only(0, "write so many samples to samples.npz", 0, 10**6)
+    sampling_seed: int = once_only(0, "seed of the samples' noise", 0, 2**31 - 1)
 
     def __post_init__(self):
         """Raises ExperimentError if a value is out of its limits."""
         for field in dataclasses.fields(self):
             rules, value = field.metadata, getattr(self, field.name)
-            low, high, unit = rules["low"], rules["high"], rules["multiple"] or 1
-            outside = low is not None and not low <= value <= high
-            odd = unit > 1 and value % unit > 0
-            if outside or odd or (rules["choices"] and value not in rules["choices"]):
-                flag = f"--{field.name.replace('_', '-')}"
-                raise ExperimentError(f"{flag}: {value!r} is not {allowed_values(rules)}")
+            wrong = rules["low"] is not None and not rules["low"] <= value <= rules["high"]
+            wrong = wrong or (rules["multiple"] and value % rules["multiple"] > 0)
+            if wrong or (rules["choices"] and value not in rules["choices"]):
+                raise ExperimentError(f"{flag(field.name)}: {value!r} is not {limits(rules)}")
 
 
-def allowed_values(rules: Mapping) -> str:
-    """The limits of a setting in words, from the metadata that `option` gave it."""
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.strip('_').replace('_', '-')}"
+
+
+def limits(rules: Mapping) -> str:
+    """Those of a setting in words, from the metadata that `option` gave it."""
     if rules["choices"]:
         return f"one of {', '.join(rules['choices'])}"
     words = "" if rules["low"] is None else f"{rules['low']:.10g} to {rules['high']:.10g}"
@@ -438,66 +460,34 @@ class ExperimentError(Exception):
         self.status = status
 
 
-class CommandLine(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+def parse_command_line(argv: list[str] | None) -> dict:
+    """Returns the settings that are given. Raises ExperimentError if they cannot be."""
 
-    def error(self, message: str):
+    def refuse(message: str):
         raise ExperimentError(f"{message} (--help describes every flag)")
 
-
-def class_label(text: str) -> int:
-    """The label of a class given by name ("T-shirt/top", "ankle-boot"), in any punctuation."""
-    titles = [*CLASS_NAMES, "no class"]
-    names = [re.sub("[^a-z]", "", name.lower()) for name in (*titles, text)]
-    if names[-1] not in names[:-1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(titles)}")
-    return names.index(names[-1])
-
-
-def parse_command_line(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
-    """Returns the settings that were given, and what is asked for once."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = CommandLine(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    for flag, text in {
-        "--fresh": "start over; the old run moves to OUTPUT_DIR/old_runs (switch)",
-        "--sample-only": "no training: all figures, or the samples asked for (switch)",
-        "--quick": "the whole pipeline, tiny, into output/quick (switch)",
-        "--pretrained": "with --sample-only: from the weights that come along (switch)",
-    }.items():
-        parser.add_argument(flag, help=text, action="store_true")
-    text = "write N samples to OUTPUT_DIR/samples.npz (default: none)"
-    parser.add_argument("--export-samples", type=int, metavar="N", help=text)
-    text = "with --sample-only: a PNG of N samples (default: 16)"
-    parser.add_argument("--num-samples", type=int, metavar="N", help=text)
-    text = "with --sample-only: a PNG of this class, or of 'no class' (default: all in turn)"
-    parser.add_argument("--class", dest="label", type=class_label, metavar="NAME", help=text)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.error = refuse
     for field in dataclasses.fields(Settings):
         rules, kind = field.metadata, type(field.default)
-        text = "; ".join(filter(None, [allowed_values(rules), f"default: {field.default!r}"]))
+        text = "; ".join(filter(None, [limits(rules), f"default: {field.default!r}"]))
         text += "" if rules["gpu"] is None else f", on a GPU {rules['gpu']!r}"
         text += "" if rules["quick"] is None else f", with --quick {rules['quick']!r}"
-        text = f"{rules['help']} ({text})".replace("%", "%%")
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        flag, name = f"--{field.name.replace('_', '-')}", field.name
-        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
-    request = parser.parse_args(argv)
-    if not request.sample_only and (request.num_samples or request.label is not None):
-        parser.error("--class and --num-samples go with --sample-only")
-    if request.sample_only and request.fresh:
-        parser.error("--fresh starts a training, --sample-only has none")
-    if not request.sample_only and (request.pretrained or hasattr(request, "run_dir")):
-        parser.error("--pretrained and --run-dir go with --sample-only")
-    if request.pretrained and (request.quick or hasattr(request, "run_dir")):
-        parser.error("--pretrained goes neither with --quick nor with --run-dir")
-    if request.label is not None and not CONDITIONAL:
-        parser.error(f"--class: {VERSION} has no classes")
-    for count in (request.export_samples, request.num_samples):
-        if count is not None and not 1 <= count <= 10**6:
-            parser.error(f"--export-samples and --num-samples: {count} is not 1 to 1000000")
-    names = [field.name for field in dataclasses.fields(Settings)]
-    given = {name: getattr(request, name) for name in names if hasattr(request, name)}
-    Settings(**given)  # checks them
-    return given, request
+        how = {"help": f"{rules['help']} ({text})".replace("%", "%%"), "default": argparse.SUPPRESS}
+        how |= {"action": "store_true"} if kind is bool else {"type": kind, "metavar": "VALUE"}
+        parser.add_argument(flag(field.name), dest=field.name, **how)
+    given = vars(parser.parse_args(argv))
+    Settings(**given)  # checks each
+    for name in ("class_", "num_samples", "pretrained", "run_dir"):
+        if name in given and "sample_only" not in given:
+            refuse(f"{flag(name)} goes with --sample-only")
+    for pair in (("fresh", "sample_only"), ("pretrained", "quick"), ("pretrained", "run_dir")):
+        if given.keys() >= {*pair}:
+            refuse(f"{' and '.join(map(flag, pair))} do not go together")
+    if given.get("class_", "all") != "all" and not CONDITIONAL:
+        refuse(f"--class: {VERSION} has no classes")
+    return given
 
 
 def default_settings(device: torch.device, quick: bool = False) -> dict:
@@ -518,18 +508,14 @@ def stored_settings(*resume: str) -> set[str]:
 
 def settle(defaults: dict, given: dict, checkpoint: dict | None) -> Settings:
     """The settings of this run: the flags `given`, else the checkpoint's values, else the defaults.
-
-    Raises ExperimentError that names the settings in which the flags contradict the checkpoint.
-    """
+    Raises ExperimentError that names the settings in which the flags contradict the checkpoint."""
     stored = checkpoint["config"] if checkpoint else {}
-    names = stored_settings("match") & given.keys() & stored.keys()
+    names = stored_settings("match") & stored.keys()
     names = [name for name in given if name in names and given[name] != stored[name]]
-    if names:
-        clashes = [f"{name} is {stored[name]!r} there and {given[name]!r} here" for name in names]
-        raise ExperimentError(
-            f"the checkpoint was trained with other settings: {', '.join(clashes)}. Leave these "
-            "flags out to go on, choose another --output-dir, or start over with --fresh"
-        )
+    clashes = [f"{name} is {stored[name]!r} there and {given[name]!r} here" for name in names]
+    if clashes:
+        clashes.append(f"so leave these flags out, {START_OVER}")
+        raise ExperimentError(f"the checkpoint was trained differently: {', '.join(clashes)}")
     return Settings(**defaults | stored | given)
 
 
@@ -593,19 +579,13 @@ def derived_seed(*parts) -> int:
 
 class Rng:
     """The random numbers of a batch: a loss draws from here alone, never from global generators.
-    Every process draws those of the whole batch and keeps its own rows.
 
-    Args:
-        seed: what they depend on, and on `source`.
-        device: where they are wanted.
-        source: where they are drawn; if None, there. The CPU's are the same on every device.
-        rank, world: this process, of so many that share the batch.
+    They depend on the seed and on `source`, the device that draws them (None: the one that wants
+    them); the CPU's are the same everywhere. Of `world` processes that share a batch, each draws
+    the numbers of the whole and keeps its own rows.
     """
 
-    def __init__(
-        self, seed: int, device: torch.device, source: torch.device | None = None, rank: int = 0,
-        world: int = 1,
-    ):  # fmt: skip
+    def __init__(self, seed: int, device: torch.device, source=None, rank: int = 0, world: int = 1):
         generator = torch.Generator(source or device).manual_seed(seed)
         self.how = {"generator": generator, "device": generator.device}
         self.device, self.rank, self.world = device, rank, world
@@ -642,69 +622,58 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextlib.contextmanager
-def processes(device: str) -> Iterator[None]:
+def join_processes(device: str) -> None:
     """Joins the processes that torchrun has started, if it has. They wait for each other without a
     time-out, since process 0 draws figures and downloads."""
-    if dist.is_torchelastic_launched():
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         gpu = device != "cpu" and torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         dist.init_process_group(backend, timeout=timedelta(weeks=1))
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def together(operation: Callable, *args, **options) -> None:
-    """Calls an operation of torch.distributed. Raises ExperimentError if another process has
-    gone."""
-    try:
-        operation(*args, **options)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:150]
-        raise ExperimentError(f"another process has ended ({reason}); see its message", 1) from None
+        atexit.register(dist.destroy_process_group)
 
 
 def from_first(function: Callable[[], Any]) -> Any:
     """What process 0 gets from the function, in every process; the others wait for it."""
     result = [function() if rank() == 0 else None]
     if world() > 1:
-        together(dist.broadcast_object_list, result, src=0)
+        dist.broadcast_object_list(result)
     return result[0]
 
 
-def average_gradients(network: nn.Module, losses: Tensor) -> Tensor:
-    """Averages the gradients of all processes, in place, and their losses (K,), which it
-    returns."""
-    if world() == 1:
-        return losses
-    gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
-    flat = torch.cat([losses, *(part.flatten() for part in gradients)])
-    together(dist.all_reduce, flat)
-    mean, *parts = (flat / world()).split([len(losses), *(part.numel() for part in gradients)])
-    torch._foreach_copy_(gradients, [a.view_as(b) for a, b in zip(parts, gradients)])
-    return mean
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Replaces each tensor by its mean over all processes."""
+    if world() > 1:
+        flat = parameters_to_vector(tensors)
+        dist.all_reduce(flat)
+        vector_to_parameters(flat / world(), tensors)
 
 
 def agreed_signal(signals: list[int]) -> int:
     """The number of a signal that one of the processes has noted, or 0; the same in all of them."""
-    number = signals[0] if signals else 0
-    if world() == 1:
-        return number
-    largest = torch.tensor(number)
-    together(dist.all_reduce, largest, op=dist.ReduceOp.MAX)
-    return int(largest)
+    number = torch.tensor(max(signals, default=0))
+    if world() > 1:
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Creates the folder and holds its lock, which the system frees when a run is killed. If
+    another run has it, waits for that, or raises ExperimentError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise ExperimentError(f"another run is using the folder {folder}") from None
+        except OSError as error:
+            print(f"warning: cannot lock {folder} ({error.strerror}): no other run may use it")
+        yield
 
 
 # --- Data -----------------------------------------------------------------------------------------
 
-CLASS_NAMES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
-    "Ankle boot",
-)  # fmt: skip
-NULL_CLASS = len(CLASS_NAMES)  # the label that means "no class"
 TRAINING_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 
 
@@ -718,47 +687,33 @@ class Data(NamedTuple):
 
 
 def read_idx(raw: Path, name: str) -> np.ndarray | None:
-    """The array in an unpacked file of the data set, else in its archive, if one is good."""
-    unpacked, archive = raw / name, raw / f"{name}.gz"
-    if unpacked.exists():
-        array = idx_array(unpacked.read_bytes())
-        if array is not None:
-            return array
-        print(f"warning: {unpacked} is damaged, reading its archive")
-    if not archive.exists():
-        return None
-    content, md5 = archive.read_bytes(), dict(FashionMNIST.resources)[archive.name]
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        print(f"warning: {archive} is damaged: its MD5 is {found}, not {md5}")
-        return None
-    return idx_array(gzip.decompress(content))
-
-
-def idx_array(content: bytes) -> np.ndarray | None:
-    """The array in an idx file of bytes, or None if its size is not what its header says."""
-    header = np.frombuffer(content[:16].ljust(16, b"\0"), ">i4")
-    shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]))
-    if shape is None or len(content) != 4 + 4 * len(shape) + int(np.prod(shape, dtype=np.int64)):
-        return None
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    """The array in an unpacked idx file, else in its archive; None if there is no good one. A file
+    is good if its size is what its header says, an archive if its MD5 is torchvision's."""
+    for path in (raw / name, raw / f"{name}.gz"):
+        md5 = dict(FashionMNIST.resources).get(path.name)  # only archives have one
+        if check_integrity(path, md5):
+            content = gzip.decompress(path.read_bytes()) if md5 else path.read_bytes()
+            header = np.frombuffer(content[:16].ljust(16, b"\0"), ">i4")
+            shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]), header[:0])
+            offset = 4 + 4 * len(shape)
+            if len(shape) and len(content) == offset + int(np.prod(shape, dtype=np.int64)):
+                return np.frombuffer(content, np.uint8, offset=offset).reshape(shape)
+            print(f"warning: {path} is damaged")
+    return None
 
 
 def read_training_files(folder: Path) -> list[np.ndarray]:
     """The images and labels of the training split, downloaded if they are not there; of several
     runs that start at once, one downloads, the others wait."""
     raw, before = folder / "FashionMNIST" / "raw", socket.getdefaulttimeout()
-    bars = contextlib.redirect_stderr(io.StringIO())  # torchvision's, which are no plain lines
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else bars
+    terminal = sys.stderr.isatty()  # where it is none, torchvision's bars are no plain lines
+    bars = contextlib.redirect_stderr(sys.stderr if terminal else io.StringIO())
     try:
         arrays = [read_idx(raw, name) for name in TRAINING_FILES]
         if all(array is not None for array in arrays):
             return arrays
-        raw.mkdir(parents=True, exist_ok=True)
-        with open(raw / ".lock", "w") as lock, bars:
-            print(f"getting Fashion-MNIST into {raw}, after any other run that is at it")
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees it when a run is killed
+        print(f"getting Fashion-MNIST into {raw}, after any other run that is at it")
+        with locked(raw, wait=True), bars:
             if any(read_idx(raw, name) is None for name in TRAINING_FILES):
                 for name in TRAINING_FILES:  # torchvision looks at the name only
                     (raw / name).unlink(missing_ok=True)
@@ -812,17 +767,16 @@ def labels_in_turn(count: int, device: torch.device) -> Tensor:
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 CHECKPOINT = {"format": 1, "version": VERSION, "torch": str(torch.__version__)}
+START_OVER = "choose another --output-dir, or start over with --fresh"
 
 
 def replace(source: Path, target: Path) -> None:
     """os.replace, tried again for some seconds where another program has the target open."""
-    for wait in (0.1, 0.5, 1, 3, None):
-        try:
+    for seconds in (0.1, 0.5, 1, 3):
+        with contextlib.suppress(PermissionError):
             return os.replace(source, target)
-        except PermissionError:
-            if wait is None:
-                raise
-            time.sleep(wait)
+        time.sleep(seconds)
+    os.replace(source, target)
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -882,41 +836,35 @@ def read_checkpoint(path: Path) -> dict:
             raise ValueError("it is no checkpoint")
         return content
     except Exception as error:  # arbitrary bytes provoke arbitrary errors
-        reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"{type(error).__name__}: {reason}") from None
+        raise ValueError(repr(error)[:150]) from None
 
 
 def find_checkpoint(folder: Path) -> dict | None:
-    """The newest readable checkpoint, or None where there has been none. A damaged last.pt beside a
-    good previous.pt is renamed, so that the next save does not overwrite the good one with it.
-
-    Raises ExperimentError if none can be read, or if it is of another version or format.
-    """
-    last, paths = folder / "last.pt", [folder / "last.pt", folder / "previous.pt"]
-    paths, content = [path for path in paths if path.exists()], None
+    """The newest readable checkpoint, or None where there has been none. Raises ExperimentError if
+    none can be read, or if it is of another version or release."""
+    last = folder / "last.pt"
+    paths = [path for path in (last, folder / "previous.pt") if path.exists()]
     for path in paths:
         try:
             content = read_checkpoint(path)
             break
         except ValueError as error:
             print(f"warning: cannot read {path} ({error})")
-    if content is None:
+    else:
         if paths:
-            raise ExperimentError(f"no checkpoint in {folder} can be read: start over with --fresh")
+            raise ExperimentError(f"no checkpoint in {folder} can be read: {START_OVER}")
         return None
     if path != last:
         print(f"warning: {last} is missing or damaged, continuing from {path}")
-        if last in paths:  # it was read, and is damaged
+        if last in paths:  # the next save must not put what is damaged in the good one's place
             with contextlib.suppress(OSError):
                 os.replace(last, folder / f"damaged_{time.time_ns()}.pt")
-    advice = "choose another --output-dir, or start over with --fresh"
     if content["version"] != VERSION:
-        raise ExperimentError(f"{path} belongs to {content['version']}, not to {VERSION}: {advice}")
-    keys, config = {*CHECKPOINT, "config", "stages", "history"}, content.get("config")
-    if content["format"] != CHECKPOINT["format"] or content.keys() != keys:
-        raise ExperimentError(f"{path} was written by another release: {advice}")
-    if not isinstance(config, dict) or config.keys() != stored_settings("match", "keep"):
-        raise ExperimentError(f"{path} has a different set of settings: {advice}")
+        raise ExperimentError(f"{path} belongs to {content['version']}: {START_OVER}")
+    fits = content["format"] == CHECKPOINT["format"]
+    fits = fits and content.keys() == {*CHECKPOINT, "config", "stages", "history"}
+    if not fits or {*content["config"]} != stored_settings("match", "keep"):
+        raise ExperimentError(f"{path} was written by another release: {START_OVER}")
     return content
 
 
@@ -925,52 +873,16 @@ def load_state(part, state: dict | None) -> None:
     try:
         part.load_state_dict(state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ExperimentError(f"the checkpoint does not fit ({reason}): see --fresh") from None
-
-
-@contextlib.contextmanager
-def locked_output(folder: Path) -> Iterator[None]:
-    """Creates the output folder and keeps other runs out of it; process 0 does, for all."""
-    if rank() > 0:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        advice = "choose another --output-dir (to sample from a run there, give it as --run-dir)"
-        message = f"cannot write to the folder {folder} ({error.strerror}): {advice}"
-        raise ExperimentError(message) from None
-    with lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"another run is using {folder}: choose another --output-dir"
-            raise ExperimentError(message) from None
-        except OSError as error:
-            print(
-                f"warning: cannot lock {folder} ({error.strerror}): make sure no other run uses it"
-            )
-        yield
+        raise ExperimentError(f"the checkpoint does not fit, {error!r:.99}: {START_OVER}") from None
 
 
 def move_aside(folder: Path) -> None:
-    """Moves an old run to old_runs/<time>/: what all runs write, its checkpoints first, and every
-    folder of figures, known by the epoch in their names."""
-    names = (
-        "checkpoints",
-        "metrics.csv",
-        "loss_curves.png",
-        "index.html",
-        "samples",
-        "samples*.npz",
-    )
-    written = [path for name in names for path in sorted(folder.glob(name))]
-    figures = {path.parent for path in folder.glob("*/*_epoch_*.[pg][ni][gf]")} - {*written}
+    """Moves an old run to old_runs/<time>/, its checkpoints first. What else is there stays."""
+    own = ("checkpoints", "samples", "samples*.npz", "metrics.csv", "loss_curves.png", "index.html")
+    found = [path for pattern in own for path in sorted(folder.glob(pattern))]
+    found += sorted(path.parent for path in folder.glob("*/*_epoch_*.[pg][ni][gf]"))
     attic = folder / "old_runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
-    for path in [*written, *sorted(figures)]:
+    for path in dict.fromkeys(found):
         attic.mkdir(parents=True, exist_ok=True)
         shutil.move(path, attic)
     if attic.exists():
@@ -978,7 +890,6 @@ def move_aside(folder: Path) -> None:
 
 
 # --- Training -------------------------------------------------------------------------------------
-
 
 METRICS = (
     "stage", "epoch", "step", "train_loss", "validation_loss", "learning_rate", "seconds",
@@ -1097,8 +1008,8 @@ class Run:
         self.averages = {k: AveragedModel(v).eval() for k, v in self.networks.items()}
         self.history = checkpoint["history"] if checkpoint else []
         self.restored = checkpoint["stages"] if checkpoint else {}
-        networks = {name: average.module for name, average in self.averages.items()}
-        self.models = Models(networks, config, self.history)
+        averaged = {name: average.module for name, average in self.averages.items()}
+        self.models = Models(averaged, config, self.history)
         self.stages: dict[str, Stage] = {}  # those that have begun
 
     def train(
@@ -1111,25 +1022,23 @@ class Run:
         Args:
             loss: `loss(network, *batch, rng)` returns the mean loss of a batch, rows of `arrays`,
                 or a dict of the parts that are its sum; uint8 images come as floats in [-1, 1].
-            arrays: the training set, (N, ...) each.
-            held_out: the same of the validation set.
-            after_epoch: called with the number of each complete epoch; if None, `Run.draw` is.
+            arrays, held_out: the training set, (N, ...) each; and the validation set.
+            after_epoch: called with the number of a complete epoch; if None, `Run.draw` is.
 
         Raises ExperimentError after a signal, or if the loss is not finite.
         """
-        network, images, trained = self.networks[name], len(arrays[0]), loss
+        network, trained = self.networks[name], loss
         if self.config.compile:
             torch._inductor.config.deterministic = True
             trained = torch.compile(loss)
         plan = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
         plan["ema_decay"] = self.config.ema_decay
-        stage = Stage(name, network, self.averages[name], trained, images, **plan)
+        stage = Stage(name, network, self.averages[name], trained, len(arrays[0]), **plan)
         self.stages[name] = stage
         if name in self.restored:
             stage.restore(self.restored[name])
         if stage.step < stage.total_steps and self.restored.keys() - self.stages.keys():
-            reason = "cannot change once the next stage has begun: see --fresh"
-            raise ExperimentError(f"the epochs of {name} {reason}")
+            raise ExperimentError(f"the epochs of {name} are over: more need --fresh")
         size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(f"{name}: {size:.2f} M parameters, step {stage.step} of {stage.total_steps}")
         validate = partial(validation_losses, loss, stage.average.module, held_out)
@@ -1142,8 +1051,7 @@ class Run:
     def draw(self, epoch: int) -> None:
         """Draws samples after an epoch of the diffusion, now and then all figures. Those of the
         last epoch are drawn when training is over."""
-        stage = self.stages.get("diffusion")
-        if stage is None or stage.step == stage.total_steps:
+        if epoch == self.config.epochs:
             return
         if epoch % self.config.figures_every == 0:
             save_all_figures(self.models, self.data, self.output)
@@ -1162,45 +1070,38 @@ class Run:
 
     def write_metrics(self) -> None:
         """Writes the history as metrics.csv, a row an epoch."""
-        text, how = io.StringIO(), {"extrasaction": "ignore", "lineterminator": "\n"}
-        writer = csv.DictWriter(text, METRICS, **how)
-        writer.writeheader()
-        writer.writerows(self.history)
-        write_figure(self.output / "metrics.csv", text.getvalue().encode())
+        rows = [METRICS, *([str(row[name]) for name in METRICS] for row in self.history)]
+        text = "".join(f"{','.join(row)}\n" for row in rows)
+        write_figure(self.output / "metrics.csv", text.encode())
 
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Here the first signal that ends a run only joins the list, as far as the process heeds it; a
-    second one acts as it did before. Outside the main thread nothing changes."""
+    """Here a signal that ends a run only joins the list, as far as the process heeds it; a second
+    one of its kind acts as it did before. Outside the main thread nothing changes."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    heeded = [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
-    noted, old = [], {number: signal.getsignal(number) for number in heeded}
+    main = threading.current_thread() is threading.main_thread()
+    old = {n: signal.getsignal(n) for n in signal.Signals if main and n.name in names}
+    old = {n: handler for n, handler in old.items() if handler not in (signal.SIG_IGN, None)}
+    noted = []
 
-    def restore(*_):
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-    def note(signum, frame):
-        noted.append(signum)
-        restore()
+    def note(number, _):
+        noted.append(number)
+        signal.signal(number, old[number])
 
     for number in old:
         signal.signal(number, note)
     try:
         yield noted
     finally:
-        restore()
+        for number, handler in old.items():
+            signal.signal(number, handler)
     if noted:  # too late for the loop to heed it
         signal.raise_signal(noted[0])
 
 
 def train_step(stage: Stage, batch: list[Tensor], rng: Rng) -> Tensor:
-    """One step of optimizer and averaged weights. Returns, on the device, the norm of the gradient
-    and the parts of the loss."""
+    """One step. Returns, on the device, the norm of the gradient and the parts of the loss."""
     for group in stage.optimizer.param_groups:
         group["lr"] = stage.learning_rate(stage.step)
     with arithmetic(batch[0].device):
@@ -1209,7 +1110,7 @@ def train_step(stage: Stage, batch: list[Tensor], rng: Rng) -> Tensor:
     stage.optimizer.zero_grad()
     loss.backward()
     losses = torch.stack([part.detach() for part in parts.values()])
-    losses = average_gradients(stage.network, losses)
+    average_over_processes([losses, *(w.grad for w in stage.weights if w.grad is not None)])
     norm = nn.utils.clip_grad_norm_(stage.weights, 1.0)
     stage.optimizer.step()
     stage.update_average()
@@ -1223,11 +1124,8 @@ def loss_parts(loss: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def validation_losses(
-    loss: Callable[..., Tensor], network: nn.Module, arrays: tuple[Tensor, ...]
-) -> dict[str, float]:
-    """The parts of the network's mean loss over `arrays`, with the same noise and times each
-    time."""
+def validation_losses(loss: Callable, network: nn.Module, arrays: tuple[Tensor, ...]) -> dict:
+    """The parts of the network's mean loss over `arrays`, with the same noise and times always."""
     device, rows = arrays[0].device, []
     rng = Rng(0, device, source=torch.device("cpu"))
     with arithmetic(device):
@@ -1238,19 +1136,13 @@ def validation_losses(
     return {name: value / len(arrays[0]) for name, value in zip(parts, sums)}
 
 
-def train_steps(
-    run: Run, stage: Stage, arrays: tuple[Tensor, ...], validate: Callable[[], float],
-    after_epoch: Callable[[int], None],
-) -> None:  # fmt: skip
-    """The steps that `Run.train` has still to do.
-
-    What is random depends on the seed, the stage and the step alone, so that a resumed run goes on
-    with the same bits. Saves after each epoch (on a GPU, where they are short, by the clock), every
-    few minutes, and on a signal.
-    """
+def train_steps(run: Run, stage: Stage, arrays: tuple, validate: Callable, draw: Callable) -> None:
+    """The steps that `Run.train` has still to do. What is random depends on seed, stage and step
+    alone, so that a resumed run goes on with the same bits. Saves and draws after each epoch (on a
+    GPU, where they are short, by the clock); saves every few minutes too, and on a signal."""
     device, size, order, pending = arrays[0].device, stage.batch_size, None, []
     share, me, first, slow = size // world(), rank(), rank() == 0, not is_fast(device)
-    saved_at = drawn_at = time.monotonic()
+    saved_at = time.monotonic()
     seed = partial(derived_seed, run.config.seed, stage.name)
     images = {"initial": stage.step * size, "total": stage.total_steps * size, "unit": " images"}
     bar = tqdm(desc=stage.name, unit_scale=True, disable=None if first else True, **images)
@@ -1282,16 +1174,11 @@ def train_steps(
                     print_epoch(stage, row)
             if saving:
                 run.save()
-                saved_at = time.monotonic()
-            if epoch_ends and not stop:
-                if first and (slow or now - drawn_at > 30):
-                    after_epoch(stage.epoch)
+                if epoch_ends and first and not stop:
+                    draw(stage.epoch)
                     save_loss_curves(run.history, run.output / "loss_curves.png")
                     save_page(run.models, run.output)
-                    drawn_at = time.monotonic()
-                stop = agreed_signal(signals)
-                if stop and not saving:
-                    run.save()
+                saved_at = time.monotonic()
             if stop:
                 where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
                 message = f"{signal.Signals(stop).name} at {where}: saved; run again to resume"
@@ -1309,8 +1196,7 @@ def add_losses(run: Run, stage: Stage, pending: list[Tensor], bar: tqdm) -> None
             raise ExperimentError(message, 1)
         for name, value in zip(stage.loss_sums, losses):
             stage.loss_sums[name] += value
-    rate = f"{stage.learning_rate(step):.1e}"
-    bar.set_postfix(loss=f"{sum(losses):.4f}", lr=rate, refresh=False)
+    bar.set_postfix(loss=f"{sum(losses):.4f}", lr=f"{stage.learning_rate(step):.1e}", refresh=False)
     pending.clear()
 
 
@@ -1353,18 +1239,15 @@ def decode_images(models: Models, states: Tensor) -> Tensor:
 
 def noise_of_samples(models: Models, numbers: range) -> Fresh:
     """Draws the noise of samples by their numbers: first what they start from, then fresh noise.
-
     Each has a generator of its own, on the CPU: sample i of a sampling seed is the same on every
-    device, however many are drawn at a time.
-    """
+    device, however many are drawn at a time."""
     seed, shape = models.config.sampling_seed, state_shape(models.config)
     seeds = [derived_seed("sample", seed, number) for number in numbers]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def stream() -> Iterator[Tensor]:
-        size = 1
+        size, how = 1, {"dtype": torch.float32}
         while True:
-            how = {"dtype": torch.float32}
             blocks = [torch.randn(size, *shape, generator=each, **how) for each in generators]
             yield from torch.stack(blocks, dim=1).to(models.device)
             size = 20  # in blocks, for a draw of one is slow
@@ -1392,41 +1275,28 @@ def last_state(
     return state
 
 
-def generate_samples(
-    models: Models, labels: Tensor, chunk: int | None = None, first: int = 0
-) -> Tensor:
-    """Generates one image a label: samples `first`, first + 1, ... of the sampling seed.
-
-    Args:
-        models: from `load_trained`; their settings say how.
-        labels: (N,) int64 on the models' device, 0 to 9, or NULL_CLASS for "no class".
-        chunk: images at a time (None: 100 on a CPU, 2000 else); the result does not depend on it
-            but for rounding.
-
-    Returns: uint8 (N, 1, 28, 28).
-    """
-    images = []
-    for part in labels.split(chunk or (100 if models.device.type == "cpu" else 2000)):
-        fresh = noise_of_samples(models, range(first, first + len(part)))
+def generate_samples(models: Models, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """Samples 0, 1, ... of the sampling seed, uint8 (N, 1, 28, 28), one a label (N,): int64 on the
+    models' device, 0 to 9, or NULL_CLASS for "no class". They do not depend on how many are drawn
+    at a time, `chunk` (None: 100 on a CPU, 2000 else), but for rounding."""
+    images, done = [], 0
+    for part in labels.split(chunk or (2000 if is_fast(models.device) else 100)):
+        fresh = noise_of_samples(models, range(done, done + len(part)))
         states = last_state(models, fresh(), class_weights(part), fresh=fresh)
         images.append(decode_images(models, states))
-        first += len(part)
+        done += len(part)
     return torch.cat(images)
 
 
 def load_trained(folder: Path, device: str = "auto", **changes) -> Models:
     """The averaged networks of the run in that output folder, in evaluation mode, under the run's
-    settings but for `changes`, such as guidance_scale or sampling_seed.
-
-    Raises ExperimentError if there are no trained networks, or if a change contradicts them.
-    """
+    settings but for `changes`, such as guidance_scale or sampling_seed. Raises ExperimentError if
+    there are no trained networks, or if a change contradicts them."""
     checkpoint = from_first(lambda: find_checkpoint(Path(folder) / "checkpoints"))
     if checkpoint is None or "diffusion" not in checkpoint["stages"]:
-        message = f"there is no trained model in {folder}: run without --sample-only to train one"
-        raise ExperimentError(message)
-    where = pick_device(device)
-    changes["device"], networks = device, {}
-    config = settle(default_settings(where), changes, checkpoint)
+        raise ExperimentError(f"no trained model in {folder}: run without --sample-only to train")
+    where, networks = pick_device(device), {}
+    config = settle(default_settings(where), changes | {"device": device}, checkpoint)
     for name, network in initial_networks(config, where).items():
         average = AveragedModel(network).eval()
         load_state(average, checkpoint["stages"][name].get("ema"))
@@ -1439,21 +1309,11 @@ def load_trained(folder: Path, device: str = "auto", **changes) -> Models:
 def export_samples(models: Models, count: int, output: Path) -> None:
     """Writes `count` samples as npz in the layout of guided-diffusion: arr_0 uint8 (N, 28, 28, 1)
     and arr_1 int64 (N,), the labels i mod 10, or -1 where there are no classes."""
-    started, content, parts = time.perf_counter(), io.BytesIO(), [None] * world()
-    labels, seed = labels_in_turn(count, models.device), models.config.sampling_seed
-    ends = [count * part // world() for part in range(world() + 1)]  # each process makes a share
-    first, end = ends[rank()], ends[rank() + 1]
-    share = labels[first:end]
-    images = generate_samples(models, share, first=first) if len(share) else share.new_empty(0)
-    parts = [images.cpu()]
-    if world() > 1:
-        parts = [None] * world()
-        together(dist.all_gather_object, parts, images.cpu())
-    if rank() > 0:
-        return
-    images = torch.cat([part for part in parts if len(part)]).permute(0, 2, 3, 1)
+    started, content, seed = time.perf_counter(), io.BytesIO(), models.config.sampling_seed
+    labels = labels_in_turn(count, models.device)
+    images = generate_samples(models, labels).permute(0, 2, 3, 1)
     labels = torch.where(labels == NULL_CLASS, -1, labels)
-    np.savez_compressed(content, images.numpy(), labels.cpu().numpy())
+    np.savez_compressed(content, images.cpu().numpy(), labels.cpu().numpy())
     path = output / (f"samples_seed_{seed}.npz" if seed else "samples.npz")
     write_atomically(path, content.getvalue())
     print(f"{path}: {count} samples in {time.perf_counter() - started:.1f} s")
@@ -1511,14 +1371,13 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
         training = row.get("train_parts") or {"loss": row["train_loss"]}
         validation = row.get("validation_parts") or {"loss": row["validation_loss"]}
         for part, value in training.items():
-            point = row["epoch"], value, validation[part]
-            panels.setdefault((row["stage"], part), []).append(point)
+            points = panels.setdefault((row["stage"], part), [])
+            points.append((row["epoch"], value, validation[part]))
     if not panels:
         return
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    for axes, ((stage, part), points) in zip(
-        np.ravel(figure.subplots(1, len(panels))), panels.items()
-    ):
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, ((stage, part), points) in zip(all_axes, panels.items()):
         epochs, *curves = zip(*points)
         for curve, name in zip(curves, ("training", "validation, averaged weights")):
             axes.plot(epochs, curve, "o-", markersize=3, label=name)
@@ -1534,53 +1393,46 @@ def state_pictures(states: Tensor) -> Tensor:
     latent the channels side by side, -3 black and 3 white."""
     if states.shape[-3:] == (1, 28, 28):
         return to_uint8(states)
-    channels, height, width = states.shape[-3:]
-    columns = math.ceil(channels**0.5)
-    rows = math.ceil(channels / columns)
-    tiles = F.pad(states.flatten(0, -4) / 3, (0, 0, 0, 0, 0, rows * columns - channels), value=-1)
-    tiles = tiles.unflatten(1, (rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    scale = 28 // max(rows * height, columns * width)
-    tiles = tiles.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None]
-    bottom, right = 28 - tiles.shape[2], 28 - tiles.shape[3]
-    sides = right // 2, right - right // 2, bottom // 2, bottom - bottom // 2
-    return to_uint8(F.pad(tiles, sides, value=-1)).unflatten(0, states.shape[:-3])
+    channels = states.flatten(0, -4).transpose(0, 1) / 3  # (C, N, H, W)
+    columns = math.ceil(len(channels) ** 0.5)
+    tiles = make_grid(channels, nrow=columns, padding=0, pad_value=-1)[: channels.shape[1]]
+    scale = max(1, 28 // max(tiles.shape[1:]))
+    tiles = to_uint8(F.interpolate(tiles[:, None], scale_factor=scale))  # nearest
+    return center_crop(tiles, [28, 28]).unflatten(0, states.shape[:-3])  # the rest is black
 
 
-def save_animation(
-    out: list[Tensor], back: list[Tensor], captions: list[str], title: str, path: Path
-) -> None:
+def save_animation(out: list, back: list, captions: list[str], title: str, path: Path) -> None:
     """A looping GIF from the clean image out to noise by the forward process, and back as the model
     went. Large the image, below it small the state itself and, on the way back, the guess.
 
-    Args:
-        out: image and state as uint8 (S + 1, 1, 28, 28), from noise to data.
-        back: image, state and guess of the model's trajectory, likewise.
-        captions: S + 1, from noise to data.
+    Args, all from noise to data:
+        out: image and state as uint8 (S + 1, 1, 28, 28).
+        back: image, state and guess of the model's trajectory, likewise; and captions: S + 1.
     """
     # Pillow's own font knows no Greek
     dejavu = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-    steps, fonts = len(captions) - 1, [ImageFont.truetype(dejavu, size) for size in (16, 11)]
+    steps, (large, small) = len(captions) - 1, [ImageFont.truetype(dejavu, n) for n in (16, 11)]
     # a palette without room for "as before" is written wrongly by some releases of Pillow
     greys = [grey if grey == 255 else grey - grey % 2 for grey in range(256)]
     places = ((0, 30, 224), (14, 274, 84), (126, 274, 84))  # left, top, size
-    frames = []
+    frames, times = [], []
     for index in range(2 * steps):
-        pictures, position = (out, steps - index) if index < steps else (back, index - steps)
+        leaving = index < steps
+        pictures, position = (out, steps - index) if leaving else (back, index - steps)
         frame = Image.new("L", (224, 368), 255)
         draw = ImageDraw.Draw(frame)
         draw.rectangle((125, 273, 210, 358), outline=200)  # the guess's place, empty on the way out
         for (left, top, size), picture in zip(places, pictures):
             image = Image.fromarray(picture[position, 0].cpu().numpy())
             frame.paste(image.resize((size, size), Image.Resampling.NEAREST), (left, top))
-        draw.text((6, 4), title, font=fonts[0], fill=0)
-        draw.text((218, 4), captions[position], font=fonts[0], fill=0, anchor="ra")
-        draw.text((56, 258), "state", font=fonts[1], fill=0, anchor="ma")
-        text = "guess of the image" if index >= steps else "noise is added"
-        draw.text((168, 258), text, font=fonts[1], fill=0, anchor="ma")
+        draw.text((6, 4), title, font=large, fill=0)
+        draw.text((218, 4), captions[position], font=large, fill=0, anchor="ra")
+        draw.text((56, 258), "state", font=small, fill=0, anchor="ma")
+        text = "noise is added" if leaving else "guess of the image"
+        draw.text((168, 258), text, font=small, fill=0, anchor="ma")
         frames.append(frame.point(greys))
-    pauses = {0: 1200, steps: 500}
-    content, times = io.BytesIO(), [pauses.get(index, 80) for index in range(len(frames))]
-    rest = {"append_images": frames[1:], "duration": times, "loop": 0}
+        times.append({0: 1200, steps: 500}.get(index, 80))
+    content, rest = io.BytesIO(), {"append_images": frames[1:], "duration": times, "loop": 0}
     frames[0].save(content, "GIF", save_all=True, **rest)
     write_figure(path, content.getvalue())
 
@@ -1598,28 +1450,6 @@ def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int = 
         handle.set_alpha(1)
 
 
-def place_labels(axes, points: np.ndarray, texts: dict[int, str]) -> None:
-    """Writes texts near the points (N, 2) of their index, each where it is farthest from points and
-    earlier texts."""
-    pixels, inside = axes.transData.transform(points), axes.bbox.padded(-24, -10)
-    taken, to_data = list(pixels), axes.transData.inverted().transform
-    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    ring = np.stack([1.5 * np.cos(angles), np.sin(angles)], axis=1)
-
-    def room(place: np.ndarray) -> float:
-        return min(np.hypot(*((place - other) / (1.8, 1))) for other in taken)
-
-    for index, text in texts.items():
-        around = np.concatenate([pixels[index] + radius * ring for radius in (24, 44)])
-        around = [place for place in around if inside.contains(*place)] or around
-        taken.append(max(around, key=room))
-        axes.annotate(
-            text, to_data(pixels[index]), to_data(taken[-1]), fontsize=9, ha="center", va="center",
-            zorder=6, arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.3"},
-            bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
-        )  # fmt: skip
-
-
 def path_figure(
     images: Tensor, rows: list[str], path: np.ndarray, captions: list[str], scatter: np.ndarray,
     labels: np.ndarray, titles: tuple[str, str], strong: int,
@@ -1630,14 +1460,11 @@ def path_figure(
         images, rows: uint8 (R, S + 1, 1, 28, 28), every other column is shown; and the rows' names.
         path, captions: (S + 1, 2) and S + 1, the first trajectory's, in the plane of the scatter.
         scatter, labels: (N, 2) and (N,), the validation images there, and their classes.
-        titles: of the upper and the lower half.
-        strong: the class that stands out (NULL_CLASS: none does).
+        titles, strong: of the halves; and the class that stands out (NULL_CLASS: none does).
     """
-    upper, lower = 0.8 * len(rows), 4.8  # inches
-    height = upper + lower + 1.0
-    figure = Figure(figsize=(9.4, height))
-    top = figure.add_axes((0.08, (lower + 0.8) / height, 0.92, upper / height))
-    bottom = figure.add_axes((0.08, 0.45 / height, 0.76, (lower - 0.2) / height))
+    heights = 0.8 * len(rows), 4.8  # inches
+    figure = Figure(figsize=(9.4, sum(heights) + 1), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=heights)
     captions = [caption.replace(" ", "") for caption in captions]
     draw_grid(top, images[:, ::2], rows, captions[::2])
     top.set_title(titles[0], fontsize=12)
@@ -1650,9 +1477,14 @@ def path_figure(
     bottom.plot(*path[-1], "*", color="gold", markeredgecolor="black", markersize=17, zorder=5)
     bottom.set(xlabel="first principal component", ylabel="second principal component")
     bottom.set_title(titles[1], fontsize=10)
-    bottom.autoscale_view()  # the labels' places depend on the limits
-    shown = range(0, len(path), max(1, len(path) // 5))
-    place_labels(bottom, path, {step: captions[step] for step in shown})
+    low, high = bottom.get_ylim()
+    bottom.set_ylim(low, high + 0.1 * (high - low))  # room for a row of labels
+    shown = sorted(range(0, len(path), max(1, len(path) // 5)), key=lambda step: path[step, 0])
+    how = {"textcoords": "axes fraction", "fontsize": 9, "ha": "center", "va": "center"}
+    how["arrowprops"] = {"arrowstyle": "-", "lw": 0.6, "color": "0.3"}
+    for number, step in enumerate(shown):
+        place = (number + 0.5) / len(shown), 0.955
+        bottom.annotate(captions[step], path[step], place, zorder=6, **how)
     return figure
 
 
@@ -1663,64 +1495,52 @@ def save_samples(models: Models, output: Path) -> None:
     if CONDITIONAL:
         null = torch.full((10,), NULL_CLASS, device=models.device)
         images = torch.cat([images.transpose(0, 1), generate_samples(models, null)[None]])
-        rows = [*CLASS_NAMES, "no class"]
+        rows = [*TITLES]
     save_grid(output / "samples" / f"samples_epoch_{models.epoch}.png", images, rows, [], title)
 
 
-def save_trajectories(models: Models, data: Data, output: Path, paths: int = 2) -> None:
+def save_trajectories(models: Models, data: Data, output: Path) -> None:
     """Animation and denoising path of each class; or, where there are none, of ten samples. They
     are the first samples of the sampling seed, by the deterministic sampler."""
     titles = CLASS_NAMES if CONDITIONAL else [f"sample {number}" for number in range(10)]
-    labels = labels_in_turn(paths * len(titles), models.device)
-    noise, classes = noise_of_samples(models, range(len(labels)))(), class_weights(labels)
-    drawn = draw_trajectories(models, noise, classes, PATH_STEPS)
-    back = {"state": state_pictures(drawn.states), "image": decode_images(models, drawn.states)}
-    back["guess"] = decode_images(models, drawn.guesses)
+    labels, epoch = labels_in_turn(20, models.device), models.epoch  # two paths a title
+    noise = noise_of_samples(models, range(20))()
+    drawn = draw_trajectories(models, noise, class_weights(labels), PATH_STEPS)
     out = [decode_images(models, drawn.noised), state_pictures(drawn.noised)]
-    shown = list(back) if drawn.states.shape[2:] != (1, 28, 28) else ["state", "guess"]
+    back = [decode_images(models, drawn.states), state_pictures(drawn.states)]
+    back.append(decode_images(models, drawn.guesses))
+    rows = {"state": back[1], "image": back[0], "guess": back[2]}
+    if drawn.states.shape[2:] == (1, 28, 28):
+        del rows["image"]  # which is the state
     pca, space = PCA(n_components=2, random_state=0), embed_images(models, data.validation_images)
     scatter = pca.fit_transform(space.flatten(1).cpu().numpy())[:2000]
-    explained, classes = pca.explained_variance_ratio_.sum(), data.validation_labels[:2000].tolist()
-    page = {"captions": drawn.captions, "rows": shown, "classes": {}}
-    page |= {"scatter": np.round(scatter[:600], 2).tolist(), "labels": classes[:600]}
+    classes = data.validation_labels[:2000].cpu().numpy()
+    page = {"captions": drawn.captions, "rows": [*rows], "classes": {}, "epoch": epoch}
+    page |= {"scatter": np.round(scatter[:600], 2).tolist(), "labels": classes[:600].tolist()}
+    names = [f"path {number}: {name}" for number in (1, 2) for name in rows]
     for index, title in enumerate(titles):
-        name = f"{re.sub('[/ ]', '-', title)}_epoch_{models.epoch}"
-        path = output / "diffusion_animation" / f"diffusion_animation_class_{name}.gif"
-        there, again = out, [back[part] for part in ("image", "state", "guess")]
-        ways = [[part[:, index] for part in way] for way in (there, again)]
-        save_animation(*ways, drawn.captions, title, path)
-        places = range(index, len(labels), len(titles))
-        images = [back[name][:, place] for place in places for name in shown]
-        rows = [f"path {number + 1}: {name}" for number in range(paths) for name in shown]
+        file, label = f"{re.sub('[/ ]', '-', title)}_epoch_{epoch}", int(labels[index])
+        gif = f"diffusion_animation/diffusion_animation_class_{file}.gif"
+        png = f"denoise_with_diffusion_path/denoising_path_{file}.png"
+        ways = [[part[:, index] for part in way] for way in (out, back)]
+        save_animation(*ways, drawn.captions, title, output / gif)
+        images = torch.stack([part[:, n] for n in (index, index + 10) for part in rows.values()])
         states = drawn.states[:, index].flatten(1).cpu()
-        line, steps = pca.transform(states.numpy()), states.diff(dim=0).norm(dim=1).sum()
-        bend = steps / (states[-1] - states[0]).norm()
-        lower = (
-            f"Path 1, from noise (square) to image (star). The plane holds {explained:.0%} of the "
-        )
-        lower += f"variance;\nin all dimensions the path is {bend:.2f} times as long as its chord"
-        heads = f"{title}: {paths} paths from noise to image", lower
-        strong = int(labels[index])
-        figure = path_figure(
-            torch.stack(images),
-            rows,
-            line,
-            drawn.captions,
-            scatter,
-            np.array(classes),
-            heads,
-            strong,
-        )
-        path = output / "denoise_with_diffusion_path" / f"denoising_path_{name}.png"
-        save_figure(figure, path)
-        strip = make_grid(torch.cat(images[: len(shown)]), nrow=len(line), padding=0)[0]
-        content = io.BytesIO()
-        Image.fromarray(strip.cpu().numpy()).save(content, "PNG")
-        picture = base64.b64encode(content.getvalue()).decode()
-        page["classes"][title] = {"path": np.round(line, 2).tolist(), "strip": picture}
-        page["classes"][title] |= {"file": re.sub("[/ ]", "-", title), "label": strong}
-    path = output / "denoise_with_diffusion_path" / f"paths_epoch_{models.epoch}.json"
-    write_figure(path, json.dumps(page).encode())
+        path = pca.transform(states.numpy())
+        bend = states.diff(dim=0).norm(dim=1).sum() / (states[-1] - states[0]).norm()
+        share = f"{pca.explained_variance_ratio_.sum():.0%} of the variance"
+        lower = f"Path 1, from noise (square) to image (star). The plane holds {share};\n"
+        lower += f"in all dimensions the path is {bend:.2f} times as long as its chord"
+        heads = f"{title}: 2 paths from noise to image", lower
+        figure = path_figure(images, names, path, drawn.captions, scatter, classes, heads, label)
+        save_figure(figure, output / png)
+        strip = make_grid(images[: len(rows)].flatten(0, 1), nrow=len(path), padding=0)[0]
+        Image.fromarray(strip.cpu().numpy()).save(content := io.BytesIO(), "PNG")
+        strip = base64.b64encode(content.getvalue()).decode()
+        shown = {"gif": gif, "png": png, "label": label, "strip": strip}
+        page["classes"][title] = shown | {"path": np.round(path, 2).tolist()}
+    file = output / "denoise_with_diffusion_path" / f"paths_epoch_{epoch}.json"
+    write_figure(file, json.dumps(page).encode())
 
 
 def save_all_figures(models: Models, data: Data, output: Path) -> None:
@@ -1737,18 +1557,16 @@ def save_all_figures(models: Models, data: Data, output: Path) -> None:
     tqdm.write(f"figures of epoch {models.epoch} written in {seconds:.0f} s")
 
 
-def save_requested_samples(models: Models, request: argparse.Namespace, output: Path) -> None:
+def save_requested_samples(models: Models, output: Path) -> None:
     """A PNG of the samples that --class and --num-samples ask for: of one class, or all in turn."""
-    if rank() > 0:
-        return
-    labels = labels_in_turn(request.num_samples or 16, models.device)
-    title = "samples" if request.label is None else [*CLASS_NAMES, "no class"][request.label]
-    labels = labels if request.label is None else torch.full_like(labels, request.label)
+    config, name = models.config, "samples"
+    labels = labels_in_turn(config.num_samples, models.device)
+    if config.class_ != "all":
+        labels.fill_(TITLES.index(config.class_))
+        name = f"samples_{re.sub('[/ ]', '-', config.class_)}"
     images, columns = generate_samples(models, labels), min(8, len(labels))
-    blanks = images.new_full((-len(images) % columns, 1, 28, 28), 96)
-    images = torch.cat([images, blanks]).unflatten(0, (-1, columns))
-    name = "samples.png" if request.label is None else f"samples_{re.sub('[/ ]', '-', title)}.png"
-    path, title = output / "samples" / name, f"{title}, seed {models.config.sampling_seed}"
+    images = F.pad(images, (*[0] * 7, -len(images) % columns), value=96).unflatten(0, (-1, columns))
+    path, title = output / "samples" / f"{name}.png", f"{name}, seed {config.sampling_seed}"
     save_grid(path, images, [], [], title, write=write_atomically)  # asked for: a failure is one
     print(f"samples: {path}")
 
@@ -1761,15 +1579,12 @@ PAGE = string.Template("""<!doctype html>
 <style>
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 60rem; margin: auto; padding: 1rem }
-h1 { font-size: 1.5rem }
 h1, p { overflow-wrap: anywhere } figure { margin: 0 } input { width: 100% }
 img, svg { max-width: 100%; height: auto } img:not([src]) { display: none }
 table { display: block; overflow: auto; max-height: 25rem; font-size: .85rem }
 td, th { padding: .1rem .6rem; text-align: right; white-space: nowrap }
-th { position: sticky; top: 0; background: Canvas }
 pre { overflow-x: auto; padding: .6rem; border: 1px solid #8888 }
-button { font: inherit; margin: .1rem; padding: .2rem .6rem; border: solid #8888;
-  border-width: 1px 1px 4px }
+button { font: inherit; margin: .1rem; border: solid #8888; border-width: 1px 1px 4px }
 button[aria-selected=true] { background: #06c; color: #fff }
 .tiles { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center }
 .tile { width: min(14rem, 28vw); aspect-ratio: 1; image-rendering: pixelated }
@@ -1778,7 +1593,7 @@ button[aria-selected=true] { background: #06c; color: #fff }
 <label for="samples">epoch <output id="epoch">: none yet</output></label>
 <input type="range" id="samples" min="0" max="0" aria-label="epoch">
 <p><img id="sheet" alt="samples of the epoch that the slider shows"></p>
-<section id="paths" hidden><h2>From noise to image$of</h2>
+<section id="paths" hidden><h2>From noise to image, epoch </h2>
 <div role="tablist" id="tabs" aria-label="class"></div>
 <label for="step"><output id="time"></output></label>
 <input type="range" id="step" min="0" value="0" aria-label="step from noise to image">
@@ -1792,10 +1607,8 @@ $figures
 <h2>Resume, sample, extend</h2><pre>$commands</pre>
 <script>
 const sheets = $sheets, paths = $paths, colours = $colours, get = id => document.getElementById(id);
-function tell(slider, output, text) {
-  get(output).textContent = text;
-  get(slider).setAttribute("aria-valuetext", text);
-}
+const tell = (slider, output, text) =>
+  get(slider).setAttribute("aria-valuetext", get(output).textContent = text);
 function showSheet() {
   const [epoch, file] = sheets[get("samples").value];
   tell("samples", "epoch", epoch);
@@ -1836,8 +1649,8 @@ if (paths) {
       `<polyline fill="none" stroke="currentColor" stroke-width="2"
       points="$${current.path.map(place).join(" ")}"/>` +
       mark(current.path[0], "□") + mark(current.path[last], "★") + "<g/>";
-    get("animation").src = paths.gif.replace("NAME", current.file);
-    get("figure").src = paths.png.replace("NAME", current.file);
+    get("animation").src = current.gif;
+    get("figure").src = current.png;
     showStep();
   }
   for (const [name, {label}] of Object.entries(paths.classes)) {
@@ -1846,118 +1659,113 @@ if (paths) {
     tab.style.borderBottomColor = colours[label] || "";
   }
   Object.assign(get("step"), {max: last, oninput: showStep});
-  get("paths").hidden = false;
+  Object.assign(get("paths"), {hidden: false}).querySelector("h2").append(paths.epoch);
   showClass(Object.keys(paths.classes)[0]);
 }
 </script>
 """)
 
 
-def rows_of_table(rows: list[list]) -> str:
+def html_table(rows: list) -> str:
     """A table in HTML, its first row the heading."""
-    cells = [[html.escape(f"{x:.5g}" if isinstance(x, float) else str(x)) for x in r] for r in rows]
-    tags = ["th", *["td"] * (len(rows) - 1)]
-    lines = ["".join(f"<{tag}>{x}</{tag}>" for x in row) for tag, row in zip(tags, cells)]
+    texts = [[f"{x:.5g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    lines = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in texts]
+    lines[0] = lines[0].replace("td>", "th>")
     return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
 
 def save_page(models: Models, output: Path) -> None:
     """The run's page, index.html: its pictures stand beside it, by relative links, so the folder
     can be moved; it needs no network and no library. Reload it while the run goes on."""
-
-    def pictures(folder: str) -> list[tuple[float, str]]:
-        """By epoch; those without one, which are of the end of a stage, come last."""
-        files = [path.relative_to(output).as_posix() for path in (output / folder).glob("*.png")]
-        epochs = [re.search(r"_epoch_(\d+)\.png", file) for file in files]
-        return sorted((int(e[1]) if e else math.inf, file) for e, file in zip(epochs, files))
-
-    def picture(file: str) -> str:
-        return '<p><img src="{0}" alt="{0}"></p>'.format(html.escape(file))
-
-    curves, name = output / "loss_curves.png", "denoise_with_diffusion_path"
-    sections = ["<h2>Losses</h2>", picture(curves.name)] if curves.exists() else []
-    for folder in sorted({path.parent.name for path in output.glob("*/*.png")} - {"samples", name}):
-        files, title = pictures(folder), folder.replace("_", " ").capitalize()
-        last = "".join(picture(file) for epoch, file in files if epoch == files[-1][0])
-        sections.append(f"<h2>{html.escape(title)}</h2>{last}")
-    paths, of = None, ""
-    written = sorted((output / name).glob("paths_epoch_*.json"), key=lambda f: f.stat().st_mtime)
-    for file in written[-1:]:
-        epoch, paths = re.search(r"\d+", file.name)[0], json.loads(file.read_text())
-        paths["gif"] = f"diffusion_animation/diffusion_animation_class_NAME_epoch_{epoch}.gif"
-        paths["png"], of = f"{name}/denoising_path_NAME_epoch_{epoch}.png", f", epoch {epoch}"
-    config, usual = models.config, default_settings(models.device)
-    settings = [["setting", "value", "where it differs"]]
-    for k, v in dataclasses.asdict(config).items():
-        settings.append([k, v, "" if v == usual[k] else f"default: {usual[k]!r}"])
+    config, device, history, folders = models.config, models.device, models.history, {}
+    for path in [*output.glob("loss_curves.png"), *sorted(output.glob("*/*.png"))]:
+        epoch = re.search(r"_epoch_(\d+)\.png", path.name)  # none: of the end of a stage
+        file = path.relative_to(output).as_posix()
+        files = folders.setdefault(file.rpartition("/")[0] or "losses", [])
+        files.append((int(epoch[1]) if epoch else math.inf, file))
+    sheets = sorted(pair for pair in folders.pop("samples", []) if pair[0] < math.inf)
+    folders.pop("denoise_with_diffusion_path", None)
+    figures = ""
+    for folder, files in folders.items():
+        figures += f"<h2>{html.escape(folder.replace('_', ' ').capitalize())}</h2>\n"
+        for file in [html.escape(file) for epoch, file in files if epoch == max(files)[0]]:
+            figures += f'<p><img src="{file}" alt="{file}"></p>\n'
+    written = output.glob("denoise_with_diffusion_path/paths_epoch_*.json")
+    written = sorted(written, key=lambda path: path.stat().st_mtime)
+    paths = ["null", *(path.read_text() for path in written[-1:])]
+    settings = [["setting", "value", "unless the default"]]
+    for name, usual in default_settings(device).items():
+        value = getattr(config, name)
+        settings.append([name, value, "" if value == usual else f"default: {usual!r}"])
     size = sum(p.numel() for n in models.networks.values() for p in n.parameters()) / 1e6
-    cuda, threads = models.device.type == "cuda", f"{torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name(models.device) if cuda else platform.machine()
-    state = f"{size:.2f} M parameters on {models.device} ({machine}, {threads}), torch "
-    minutes = sum(row["seconds"] for row in models.history) / 60
-    state += f"{torch.__version__}. {minutes:.1f} minutes of training"
-    for row in models.history[-1:]:
+    cuda, minutes = device.type == "cuda", sum(row["seconds"] for row in history) / 60
+    machine = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    state = f"{size:.2f} M parameters on {device} ({machine}, {torch.get_num_threads()} threads), "
+    state += f"torch {torch.__version__}. {minutes:.1f} minutes of training"
+    for row in history[-1:]:
         epochs = getattr(config, f"{row['stage']}_epochs", config.epochs)
         state += f", up to epoch {row['epoch']} of {epochs} of {row['stage']}"
     state += f"; this page is of {time.strftime('%Y-%m-%d %H:%M')}. Command: "
-    again = shlex.join(["python", Path(__file__).name, "--output-dir", str(output)])
-    lines = [again, f"{again} --sample-only --num-samples 16"]
-    lines.append(f"{again} --epochs {2 * config.epochs}")
+    run = shlex.join(["python", Path(__file__).name, "--output-dir", str(output)])
+    commands = f"{run}\n{run} --sample-only --num-samples 16\n{run} --epochs {2 * config.epochs}"
     if not (output / "checkpoints").is_dir():  # of a run or of weights elsewhere
-        lines = [f"{shlex.join(['python', *sys.argv])} --num-samples 16"]
-    parts = {"sheets": [pair for pair in pictures("samples") if pair[0] < math.inf]}
-    parts |= {"paths": paths, "colours": [*map(matplotlib.colors.to_hex, CLASS_COLOURS)]}
-    metrics = [METRICS, *([row[name] for name in METRICS] for row in models.history)]
+        commands = f"{shlex.join(['python', *sys.argv])} --num-samples 16"
+    colours = [matplotlib.colors.to_hex(colour) for colour in CLASS_COLOURS]
+    data = {"sheets": json.dumps(sheets), "colours": json.dumps(colours), "paths": paths[-1]}
     page = PAGE.substitute(
-        {key: json.dumps(value).replace("<", "\\u003c") for key, value in parts.items()},
-        title=html.escape(f"{VERSION}: {output.name}"), figures="\n".join(sections), of=of,
-        state=html.escape(state + shlex.join(sys.argv)), commands=html.escape("\n".join(lines)),
-        metrics=rows_of_table(metrics), settings=rows_of_table(settings),
+        {name: text.replace("<", "\\u003c") for name, text in data.items()},
+        title=html.escape(f"{VERSION}: {output.name}"), figures=figures,
+        state=html.escape(state + shlex.join(sys.argv)), commands=html.escape(commands),
+        metrics=html_table([METRICS, *([row[name] for name in METRICS] for row in history)]),
+        settings=html_table(settings),
     )  # fmt: skip
     write_figure(output / "index.html", page.encode())
 
 
 # --- main -----------------------------------------------------------------------------------------
 
+FAULTS = {  # by what the kind of an error and its message say
+    "of memory|CPUAllocator|MemoryError": "out of memory: smaller batches or widths need less",
+    r"^torch\._(dynamo|inductor)": "--compile needs a C++ compiler on a CPU, Triton on a GPU",
+    "gloo|Dist[A-Za-z]*Error": "another process has ended; see its message",
+}
+
 
 def main(argv: list[str] | None = None) -> None:
     """Trains or resumes, or samples, as the command line says."""
-    given, request = parse_command_line(argv)
-    here = Path(__file__).resolve().parent
-    weights = here / "pretrained"
-    if request.pretrained and not weights.is_dir():
-        raise ExperimentError(f"there is no {weights}: no weights come with this script")
-    folder = "quick" if request.quick else "pretrained" if request.pretrained else ""
+    given, here = parse_command_line(argv), Path(__file__).resolve().parent
+    folder = "quick" if "quick" in given else "pretrained" if "pretrained" in given else ""
     output = Path(given.get("output_dir") or here / "output" / folder).expanduser().absolute()
-    source = Path(given.get("run_dir") or (weights if request.pretrained else output)).expanduser()
-    with processes(given.get("device", "auto")), locked_output(output):
-        if request.sample_only:
-            models = load_trained(source, **given)
-            if request.num_samples or request.label is not None:
-                save_requested_samples(models, request, output)
-            elif not request.export_samples:
+    source = here / folder if "pretrained" in given else given.get("run_dir") or output
+    join_processes(given.get("device", "auto"))
+    with locked(output) if rank() == 0 else contextlib.nullcontext():
+        if "sample_only" not in given:
+            models = run_training(given, output)
+        else:
+            models = load_trained(Path(source).expanduser(), **given)
+            if not given.keys() & {"class_", "num_samples", "export_samples"}:
                 data = load_fashion_mnist(models.config, models.device)
                 save_all_figures(models, data, output)
-        else:
-            models = run_training(given, request, output)
-        if request.export_samples:
-            export_samples(models, request.export_samples, output)
+        if rank() == 0 and given.keys() & {"class_", "num_samples"}:
+            save_requested_samples(models, output)
+        if rank() == 0 and given.get("export_samples"):
+            export_samples(models, given["export_samples"], output)
 
 
-def run_training(given: dict, request: argparse.Namespace, output: Path) -> Models:
+def run_training(given: dict, output: Path) -> Models:
     """Trains every stage to its last epoch and draws the figures. Returns the averaged networks."""
-    checkpoints = output / "checkpoints"
-    checkpoint = None if request.fresh else from_first(lambda: find_checkpoint(checkpoints))
+    fresh, folder = "fresh" in given, output / "checkpoints"
+    checkpoint = None if fresh else from_first(lambda: find_checkpoint(folder))
     device = pick_device(given.get("device", "auto"))
-    config = settle(default_settings(device, request.quick), given, checkpoint)
-    state = "resumed" if checkpoint else "fresh"
-    count = f", {world()} processes" if world() > 1 else ""
-    print(f"{VERSION} on {device}{count}, torch {torch.__version__}, {state}; output: {output}")
+    config = settle(default_settings(device, "quick" in given), given, checkpoint)
+    state, count = "resumed" if checkpoint else "fresh", f", {world()} processes"
+    where = f"{device}{count if world() > 1 else ''}, torch {torch.__version__}"
+    print(f"{VERSION} on {where}, {state}; output: {output}")
     print("will train the remaining steps, then write the figures")
-    if request.quick:
+    if config.quick:
         print("--quick: its pictures are noise and only show that the installation works")
     data = load_fashion_mnist(config, device)
-    if request.fresh and rank() == 0:
+    if fresh and rank() == 0:
         move_aside(output)
     run = Run(config, data, output, checkpoint)
     if rank() == 0:
@@ -1971,40 +1779,36 @@ def exit_status(main_function: Callable[[], None]) -> int:
     """Calls `main_function`; what a user can mend, or has asked for, becomes one line and an exit
     status. Of several processes the first one prints."""
     first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in streams)  # noqa: SIM115
-    sys.stdout = sys.stdout if first else open(os.devnull, "w")  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    silent = open(os.devnull, "w")  # noqa: SIM115
+    out, err = sys.stdout if first and sys.stdout else silent, sys.stderr or silent
+    if hasattr(out, "reconfigure"):  # a notebook's has it not
+        out.reconfigure(line_buffering=True, errors="backslashreplace")
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     try:
-        with matplotlib.rc_context():
+        with streams[0], streams[1], matplotlib.rc_context():
             matplotlib.rcdefaults()
             main_function()
         return 0
     except ExperimentError as error:
         status, line = error.status, f"{'' if error.status > 128 else 'error: '}{error}"
-        if not first:
-            return status
+        err = err if first else silent
     except KeyboardInterrupt:
         status, line = 130, "SIGINT: run again to resume"
     except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(silent.fileno(), out.fileno())
         return 1
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        status, line = 1, f"error: {error.strerror or error}{where}; any earlier checkpoint stands"
+        status, advice = 2, "another --output-dir may do (of a run there, give it as --run-dir)"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            status, advice = 1, "any earlier checkpoint stands"
+        line = f"error: {error}; {advice}"
     except (RuntimeError, MemoryError) as error:
-        text, kind = str(error), type(error).__module__
-        if isinstance(error, MemoryError) or re.search("out of memory|DefaultCPUAllocator", text):
-            line = "error: the device is out of memory: smaller batches or widths need less"
-        elif kind.startswith(("torch._dynamo", "torch._inductor")):
-            line = "error: --compile needs a C++ compiler on a CPU, Triton on a GPU; leave it out"
-        else:
+        text = f"{type(error).__module__}.{type(error).__name__}: {error}"
+        reasons = [reason for pattern, reason in FAULTS.items() if re.search(pattern, text)]
+        if not reasons:
             raise
-        status = 1
-    finally:
-        sys.stdout, sys.stderr = streams
-    print(" ".join(line.splitlines()), file=streams[1])  # even a file's name may have several
+        status, line = 1, f"error: {reasons[0]}"
+    print(" ".join(line.splitlines()), file=err)  # even a file's name may have several
     return status
 
 
