@@ -1226,8 +1226,7 @@ class Stage:
     def restore(self, state: dict) -> None:
         """The inverse of `state`. Raises ExperimentError if the state does not fit."""
         if state.keys() != self.state().keys():
-            message = "the checkpoint was written by another release: choose another --output-dir, "
-            raise ExperimentError(f"{message}or start over with --fresh")
+            raise ExperimentError(f"the checkpoint was written by another release: {START_OVER}")
         for name, part in self.parts.items():
             load_state(part, state.get(name))
         self.step, self.loss_sums = state["step"], state["loss_sums"]
@@ -1300,7 +1299,7 @@ class Run:
     def draw(self, epoch: int) -> None:
         """Draws samples after an epoch of the diffusion, now and then all figures. Those of the
         last epoch are drawn when training is over."""
-        if epoch == self.config.epochs:
+        if "diffusion" not in self.stages or epoch == self.config.epochs:
             return
         if epoch % self.config.figures_every == 0:
             save_all_figures(self.models, self.data, self.output)
