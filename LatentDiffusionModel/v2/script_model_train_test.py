@@ -323,7 +323,7 @@ def adversarial_loss(
 ) -> dict[str, Tensor]:
     """Decodes raw latents (B, C, 7, 7) of images (B, 1, 28, 28) in [-1, 1]. The decoder learns
     from the error and from `weight` times the discriminator's opinion, the discriminator from its
-    own hinge loss alone (Lim & Ye 2017, Eq. 8-9)."""
+    own hinge loss alone (Lim & Ye 2017, arXiv 1705.02894)."""
     decoder, discriminator = networks["decoder"], networks["discriminator"]
     made = decoder(latents).float()
     frozen = {name: weights.detach() for name, weights in discriminator.named_parameters()}

@@ -54,7 +54,7 @@ class Config:
     autoencoder_learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     autoencoder_width: int = option(32, "channels at 14x14", 8, 512, multiple=8, quick=8)
     latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
-    latent_noise: float = option(0.1, "noise on the latents, whose own std is 1", 0.0, 1.0)
+    latent_noise: float = option(0.2, "noise on the latents, whose own std is 1", 0.0, 1.0)
     discriminator_width: int = option(64, "channels", 8, 512, multiple=8, quick=8)
     adversarial_weight: float = option(0.05, "of realism beside the error", 0.0, 100.0)
     # stage 3: the diffusion
@@ -268,7 +268,7 @@ def adversarial_loss(
 ) -> dict[str, Tensor]:
     """Decodes raw latents (B, C, 7, 7) of images (B, 1, 28, 28) in [-1, 1]. The decoder learns
     from the error and from `weight` times the discriminator's opinion, the discriminator from its
-    own hinge loss alone (Lim & Ye 2017, Eq. 8-9)."""
+    own hinge loss alone (Lim & Ye 2017, arXiv 1705.02894)."""
     decoder, discriminator = networks["decoder"], networks["discriminator"]
     made = decoder(latents).float()
     frozen = {name: weights.detach() for name, weights in discriminator.named_parameters()}
