@@ -1,9 +1,10 @@
 """Latent diffusion on Fashion-MNIST, without classes: a KL autoencoder, and DDPM on its latents.
 
 Stage 1 trains a variational autoencoder that turns a 28x28 image into a Gaussian over small
-latents; stage 2 trains a UNet to denoise such latents, by predicting the noise on the linear
+latents. Stage 2 trains its decoder on against a discriminator, which gives the images their
+texture. Stage 3 trains a UNet to denoise such latents, by predicting the noise on the linear
 schedule of DDPM. Sampling takes a few steps of DDIM and decodes the result. A figure shows beside
-it what the autoencoder's own prior decodes to: why stage 2 is worth it.
+it what the autoencoder's own prior decodes to: why stage 3 is worth it.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
@@ -267,8 +268,8 @@ def active_units(means: Tensor) -> float:
 
 
 def patch_discriminator(width: int) -> nn.Sequential:
-    """Images (B, 1, 28, 28) to logits of being real (B, 1, 7, 7), each of the patch around its
-    place (Isola et al. 2017, Sec. 3.2.2)."""
+    """Images (B, 1, 28, 28) to logits of being real (B, 1, 7, 7), each of a place and what is
+    within 14 pixels of it (Isola et al. 2017, arXiv 1611.07004, Sec. 3.2.2)."""
     return nn.Sequential(
         nn.PixelUnshuffle(2),  # (B, 4, 14, 14)
         nn.Conv2d(4, width, 3, padding=1),

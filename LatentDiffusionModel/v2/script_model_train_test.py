@@ -1,7 +1,8 @@
 """Latent diffusion on Fashion-MNIST, guided by class: KL autoencoder, v-prediction, a fast solver.
 
 Stage 1 trains a variational autoencoder that turns a 28x28 image into a Gaussian over small
-latents; stage 2 trains a class-conditional UNet to denoise such latents, by predicting v on a
+latents. Stage 2 trains its decoder on against a discriminator, which gives the images their
+texture. Stage 3 trains a class-conditional UNet to denoise such latents, by predicting v on a
 cosine schedule. Sampling takes a handful of steps of DPM-Solver++(2M) under classifier-free
 guidance, and decodes the result.
 
@@ -302,8 +303,8 @@ def negative_elbo(
 
 
 def patch_discriminator(width: int) -> nn.Sequential:
-    """Images (B, 1, 28, 28) to logits of being real (B, 1, 7, 7), each of the patch around its
-    place (Isola et al. 2017, Sec. 3.2.2)."""
+    """Images (B, 1, 28, 28) to logits of being real (B, 1, 7, 7), each of a place and what is
+    within 14 pixels of it (Isola et al. 2017, arXiv 1611.07004, Sec. 3.2.2)."""
     return nn.Sequential(
         nn.PixelUnshuffle(2),  # (B, 4, 14, 14)
         nn.Conv2d(4, width, 3, padding=1),

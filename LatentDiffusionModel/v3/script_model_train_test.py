@@ -247,8 +247,8 @@ def reconstruction_loss(
 
 
 def patch_discriminator(width: int) -> nn.Sequential:
-    """Images (B, 1, 28, 28) to logits of being real (B, 1, 7, 7), each of the patch around its
-    place (Isola et al. 2017, Sec. 3.2.2)."""
+    """Images (B, 1, 28, 28) to logits of being real (B, 1, 7, 7), each of a place and what is
+    within 14 pixels of it (Isola et al. 2017, arXiv 1611.07004, Sec. 3.2.2)."""
     return nn.Sequential(
         nn.PixelUnshuffle(2),  # (B, 4, 14, 14)
         nn.Conv2d(4, width, 3, padding=1),
