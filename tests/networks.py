@@ -134,3 +134,11 @@ def perturb(module, size=0.1):
 def without_gradient(module):
     """Names of the parameters that no gradient has reached."""
     return [n for n, p in module.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-6]
+
+
+def gradients(module, loss):
+    """The gradient of a loss for all parameters of a module, in one vector; zero where none is."""
+    parameters = list(module.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+    return torch.cat([gradient.flatten() for gradient in found])

@@ -22,6 +22,7 @@ from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 SCRIPT_V3 = REPOSITORY / "LatentDiffusionModel" / "v3" / "script_model_train_test.py"
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker"]
 CLASSES += ["Bag", "Ankle boot"]
+STEPS = {"autoencoder": 6, "decoder": 6, "diffusion": 9}  # of a latent version's tiny run
 OWN_FIGURES = {  # that neither the family nor conditions imply
     "ImageDiffusionModel/CNN": ["samplers"],
     "ImageDiffusionModel/UNet": ["nearest_neighbours"],
@@ -58,9 +59,9 @@ class Experiment:
 
     @property
     def stages(self):
-        return ["autoencoder", "diffusion"] if self.latent else ["diffusion"]
+        return list(STEPS) if self.latent else ["diffusion"]
 
-    def figures(self, epoch, autoencoder_epoch=0):
+    def figures(self, epoch, decoder_epoch=0):
         """Paths of all figures of a run that has ended after so many epochs of its stages."""
         subjects = CLASSES if self.conditional else [f"sample {number}" for number in range(10)]
         subjects = [re.sub("[/ ]", "-", subject) for subject in subjects]
@@ -72,7 +73,7 @@ class Experiment:
         if self.latent:
             own += ["latent_space/latent_space", "interpolation/noises"]
             own += ["interpolation/classes"] if self.conditional else []
-            done = range(1, autoencoder_epoch + 1)
+            done = range(1, decoder_epoch + 1)
             paths += [f"reconstruction/reconstruction_epoch_{number}.png" for number in done]
             paths += ["reconstruction/reconstruction.png"]
         paths += [f"{path}_epoch_{epoch}.png" for path in own] + ["loss_curves.png"]
@@ -104,8 +105,8 @@ def load_without_figures(path=SCRIPT_V3):
 
 
 def tiny_settings(config_class):
-    """What a tiny run has beside a script's own --quick: 2 epochs of 3 steps for an autoencoder,
-    3 of 3 for the diffusion."""
+    """What a tiny run has beside a script's own --quick: 2 epochs of 3 steps for an autoencoder and
+    for its decoder, 3 of 3 for the diffusion."""
     values = {"train_images": 48}
     for field in dataclasses.fields(config_class):
         if field.name.endswith("batch_size"):

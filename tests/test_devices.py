@@ -92,10 +92,11 @@ def test_what_is_diffused_has_mean_0_and_variance_1(experiment, module, stages):
             torch.testing.assert_close(training[:20], validation, rtol=0.05, atol=0.05)
     if not experiment.latent:
         return
-    mean, *std = stages["diffusion"].arrays[0].split(4, dim=1)
+    channels = module.state_shape(module.Settings())[0]
+    mean, *std = stages["diffusion"].arrays[0].split(channels, dim=1)
     variance = mean.var(dim=(0, 2, 3)) + sum(part.square().mean(dim=(0, 2, 3)) for part in std)
-    torch.testing.assert_close(mean.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=0.01)
-    torch.testing.assert_close(variance, torch.ones(4), rtol=0.02, atol=0)
+    torch.testing.assert_close(mean.mean(dim=(0, 2, 3)), torch.zeros(channels), rtol=0, atol=0.01)
+    torch.testing.assert_close(variance, torch.ones(channels), rtol=0.02, atol=0)
 
 
 @on_v3

@@ -29,6 +29,7 @@ from networks import perturb
 from script_runs import (
     CLASSES,
     SCRIPT_V3,
+    STEPS,
     RealRun,
     assert_ends_as,
     differences,
@@ -88,7 +89,7 @@ def epochs(history, stage):
 def test_script_alone_writes_what_is_promised_and_into_its_output_folder(
     experiment, alone, history
 ):
-    expected = experiment.figures(epochs(history, "diffusion"), epochs(history, "autoencoder"))
+    expected = experiment.figures(epochs(history, "diffusion"), epochs(history, "decoder"))
     expected |= {"checkpoints/last.pt", "checkpoints/previous.pt"}
     expected |= {"metrics.csv", "samples.npz", ".lock"}
     assert alone.files == expected
@@ -139,7 +140,7 @@ def test_pictures_are_not_trivial(alone):
         assert min(pixels.shape) > 200, path
         assert pixels.std() > 10, path
         assert len(np.unique(pixels)) > 50, path
-    # the last epoch of an autoencoder has two pictures
+    # the last epoch of a decoder has two pictures
     different = [path for path in paths if path.parent.name != "reconstruction"]
     assert len({path.read_bytes() for path in different}) == len(different)
 
@@ -397,13 +398,16 @@ def test_settings_have_values_for_each_device_and_for_quick(module):
 # Interruptions
 
 
-# Steps of the diffusion count from 1, those of an autoencoder backwards from 0. Epochs have three.
-@pytest.mark.parametrize("at", [[-5, 0, 2], [-4, -1, 5], [-3, 1, 6], [3, 9]], ids=str)
+# Steps of the diffusion count from 1. Those before it count backwards from 0, in latent versions
+# only: 0 to -5 are the decoder's, -6 to -11 the autoencoder's. Epochs have three.
+@pytest.mark.parametrize(
+    "at", [[-11, -5, 0, 2], [-10, -4, -1, 5], [-9, -6, -3, 1, 6], [3, 9]], ids=str
+)
 def test_interrupted_run_ends_with_the_same_bits(
     experiment, module, undisturbed, tiny_data_dir, tmp_path, at
 ):
     done, arguments = 0, flags(module, tmp_path, tiny_data_dir)
-    first = 6 if experiment.latent else 0
+    first = STEPS["autoencoder"] + STEPS["decoder"] if experiment.latent else 0
     for step in [number + first for number in at if number + first > 0]:
         with pytest.MonkeyPatch.context() as patch:
             interrupt_at_step(patch, module, step - done)
@@ -419,7 +423,7 @@ def test_kills_at_random_moments_lose_nothing(
     experiment, module, undisturbed, tiny_data_dir, tmp_path
 ):
     """In rounds of three: the first kill falls within a save or beside it, the others anywhere.
-    Every step is saved."""
+    Every step is saved. Each stage has rounds that begin with it."""
     chance, killed_in = random.Random(experiment.name), []
     whole_run = RealRun(experiment.path, tmp_path, flags(module, tmp_path / "whole", tiny_data_dir))
     whole_run.wait_for("will train")
@@ -427,13 +431,14 @@ def test_kills_at_random_moments_lose_nothing(
     assert whole_run.end() == (0, "")
     duration = time.monotonic() - started
     for number in itertools.count():
-        if len(killed_in) >= (24 if experiment.path == SCRIPT_V3 else 6):
+        if len(killed_in) >= (24 if experiment.path == SCRIPT_V3 else 9):
             break
         output = tmp_path / str(number)
         arguments = flags(module, output, tiny_data_dir, checkpoint_minutes=0)
-        if experiment.latent and number % 2:  # the second stage begins
+        done = [STEPS[stage] for stage in experiment.stages[: number % len(experiment.stages)]]
+        if done:
             with pytest.MonkeyPatch.context() as patch:
-                interrupt_at_step(patch, module, 6)
+                interrupt_at_step(patch, module, sum(done))
                 assert run(module, arguments) == 130
         for attempt in range(3):
             kill = partial(kill_at_operation, number=chance.randrange(60))

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from script_runs import (
+    STEPS,
     act_at_operation,
     act_at_step,
     differences,
@@ -33,8 +34,9 @@ pytestmark = on_v3
 SHORT = {
     "train_images": 16,
     "autoencoder_epochs": 1,
+    "decoder_epochs": 1,
     "epochs": 1,
-}  # one step a stage, so two saves a run
+}  # one step a stage, so three saves a run
 
 
 class Killed(BaseException):
@@ -99,7 +101,7 @@ def test_kill_at_any_file_operation_of_a_save(module, short, tiny_data_dir, tmp_
     """At every moment from the end of the first save on one checkpoint is whole, and a rerun goes
     on from it."""
     expected, names = short
-    first_save, second_save = saves(names)
+    first_save, second_save, _ = saves(names)
     assert second_save - first_save >= 10
     for number in range(first_save - 1, len(names)):
         output = tmp_path / str(number)
@@ -114,7 +116,7 @@ def test_kill_at_any_file_operation_of_a_save(module, short, tiny_data_dir, tmp_
         assert run(module, arguments) == 0, names[number]
         assert ("resumed" in capsys.readouterr().out) == bool(whole), names[number]
         assert differences(expected, read(output)) == [], names[number]
-        assert rows(output) == [("autoencoder", 1), ("diffusion", 1)], names[number]
+        assert rows(output) == [(stage, 1) for stage in STEPS], names[number]
 
 
 @pytest.mark.parametrize("operation", ["write", "fsync"])
@@ -364,5 +366,5 @@ def test_checkpoint_of_another_configuration_lists_the_fields(module, whole, tin
 
 def test_fresh_moves_the_old_run_aside(module, whole, tiny_data_dir, output):
     assert run(module, [*flags(module, output, tiny_data_dir, **SHORT, seed=3), "--fresh"]) == 0
-    assert steps(output) == {"autoencoder": 1, "diffusion": 1}
+    assert steps(output) == dict.fromkeys(STEPS, 1)
     assert whole[0] in [path.read_bytes() for path in output.rglob("last.pt")]

@@ -51,7 +51,7 @@ def data(tiny_data_dir, tmp_path):
 # Signals
 
 
-# Epochs have three steps; steps 1 to 6 are the autoencoder's.
+# Epochs have three steps; steps 1 to 6 are the autoencoder's, 7 to 12 the decoder's.
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 5), (signal.SIGTERM, 8)])
 def test_signal_ends_the_process_with_its_status_and_a_hint(
     experiment, module, undisturbed, tiny_data_dir, tmp_path, number, step

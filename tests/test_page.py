@@ -418,7 +418,7 @@ def test_page_fits_a_phone(browse, finished):
 def test_page_is_whole_and_up_to_date_after_every_epoch(finished):
     states = [html.unescape(re.search("<p>(.*?)</p>", page.text)[1]) for page in finished.pages]
     last = list(dict.fromkeys(re.search(r"epoch \d+ of \d+ of \w+", text)[0] for text in states))
-    epochs = [f"epoch {n} of 2 of autoencoder" for n in (1, 2)]
+    epochs = [f"epoch {n} of 2 of {stage}" for stage in ("autoencoder", "decoder") for n in (1, 2)]
     assert last == epochs + [f"epoch {n} of 3 of diffusion" for n in (1, 2, 3)]
     for page in finished.pages:
         assert page.text.rstrip().endswith("</script>")

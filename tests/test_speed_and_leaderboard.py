@@ -195,7 +195,8 @@ def test_evaluations_are_counted_with_guidance_as_two(untrained_v3):
 
 def test_parameters_are_those_of_sampling(untrained_v3):
     sampler = speed.Sampler(SCRIPT_V3, untrained_v3, "cpu")
-    parts = sampler.models.autoencoder["autoencoder"], sampler.models.diffusion
+    models = sampler.models
+    parts = models.autoencoder.encoder, models.decoder["decoder"], models.diffusion
     assert sampler.parameters == sum(map(speed.parameter_count, parts))
 
 
@@ -306,7 +307,7 @@ def test_the_report_of_a_version(quick_flags, tiny_data_dir, monkeypatch, capsys
                 out,
             )
         )
-        == 2
+        == 3
     )
     assert re.search(
         r"input pipeline, .* [\d.]+x with 0 workers \([\d.]+ ms\), [\d.]+x with \d+ workers", out
@@ -421,7 +422,7 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
     row = rows["LatentDiffusionModel/v3"]
     with (board.output / "metrics.csv").open() as file:
         history = list(csv.DictReader(file))
-    assert row["epochs"] == {"autoencoder": 1, "diffusion": 1}
+    assert row["epochs"] == {"autoencoder": 1, "decoder": 1, "diffusion": 1}
     assert row["training_seconds"] == pytest.approx(sum(float(each["seconds"]) for each in history))
     assert (row["sampler"], row["evaluations"]) == ("heun, 6 steps, guidance 1.75", 24)
     assert row["seconds_per_1000_images"] > 0 and row["parameters"] > 0
@@ -441,7 +442,7 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
     assert f"| {cell} |" in line and line.startswith("| [`Lat")
     assert line.count("|") == 6 + 1
     sizes, scored = (line for line in all_columns.splitlines() if "LatentDiffusionModel/v3" in line)
-    assert "| 1 + 1 |" in sizes and "(../../LatentDiffusionModel/v3)" in sizes
+    assert "| 1 + 1 + 1 |" in sizes and "(../../LatentDiffusionModel/v3)" in sizes
     assert f"{row['fmd']:.3f} ± {row['fmd_spread']:.3f}" in scored
     assert f"{row['swd_percent_of_blur']:.1f}%" in scored and f"{row['detail']:.3f}" in scored
     others = len(leaderboard.LADDER) - 1
@@ -573,6 +574,11 @@ def stage(name, epochs, step, steps=100):
     return speed.StageTimes(name, epochs, steps, 64, 1, [], {"step": [step] * 3})
 
 
+# Of a latent version; and the names of its settings of epochs.
+FIELDS = ["autoencoder_epochs", "decoder_epochs", "epochs"]
+STAGES = [stage("autoencoder", 2, 0.9), stage("decoder", 1, 1.2), stage("diffusion", 8, 0.6)]
+
+
 def planned_seconds(stages, epochs, share):
     return share * sum(
         each.median() * each.steps_per_epoch * count for each, count in zip(stages, epochs.values())
@@ -581,23 +587,24 @@ def planned_seconds(stages, epochs, share):
 
 @pytest.mark.parametrize("budget", [5, 60, 300, 600, 3600])
 def test_a_plan_fits_its_budget(budget):
-    stages, fields = (
-        [stage("autoencoder", 2, 0.9), stage("diffusion", 8, 0.6)],
-        ["autoencoder_epochs", "epochs"],
-    )
-    epochs, share = time_to_quality.plan_training(stages, fields, budget)
-    assert list(epochs) == fields and min(epochs.values()) >= 1 and 0 < share <= 1
+    epochs, share = time_to_quality.plan_training(STAGES, FIELDS, budget)
+    assert list(epochs) == FIELDS and min(epochs.values()) >= 1 and 0 < share <= 1
     available = (1 - time_to_quality.SLACK) * max(budget - time_to_quality.START_UP, budget / 4)
-    assert planned_seconds(stages, epochs, share) == pytest.approx(
-        available
-    )  # no more, and no less
+    planned = planned_seconds(STAGES, epochs, share)
+    assert planned == pytest.approx(available)  # no more, and no less
     assert share > 0.85 or min(epochs.values()) == 1
 
 
 def test_a_plan_keeps_the_published_proportion():
-    stages = [stage("autoencoder", 2, 0.9), stage("diffusion", 8, 0.6)]
-    epochs, _ = time_to_quality.plan_training(stages, ["autoencoder_epochs", "epochs"], 6000)
+    epochs, _ = time_to_quality.plan_training(STAGES, FIELDS, 20_000)
     assert epochs["epochs"] / epochs["autoencoder_epochs"] == pytest.approx(4, rel=0.05)
+    assert epochs["epochs"] / epochs["decoder_epochs"] == pytest.approx(8, rel=0.05)
+
+
+def test_settings_of_epochs_are_in_the_order_of_the_stages(script_v3):
+    """Each stage's place is that of its setting."""
+    assert speed.epoch_fields(script_v3.Settings) == FIELDS
+    assert [f"{each.name}_epochs" for each in STAGES[:-1]] == FIELDS[:-1]
 
 
 @pytest.mark.parametrize(
@@ -769,21 +776,22 @@ def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
         speed.make_untrained(path, quick_flags, folder / "snapshot_0")
         return [(folder / "snapshot_0", 42.0, 1)]
 
-    stages = [stage("autoencoder", 2, 0.9), stage("diffusion", 8, 0.6)]
     monkeypatch.setattr(speed, "script_flags", lambda args: quick_flags)
-    monkeypatch.setattr(speed, "measure_training", lambda *args: stages)
+    monkeypatch.setattr(speed, "measure_training", lambda *args: STAGES)
     monkeypatch.setattr(time_to_quality, "train_version", train_version)
     args = argparse.Namespace(minutes=10, device="cpu", samples=100)
     [point] = time_to_quality.run_version("LatentDiffusionModel/v3", SCRIPT_V3, args, tmp_path)
 
-    epochs, share = time_to_quality.plan_training(stages, ["autoencoder_epochs", "epochs"], 600)
+    epochs, share = time_to_quality.plan_training(STAGES, FIELDS, 600)
     images = round(55_000 * share)
     [(plan, name, last, budget)] = calls
     assert plan == [*speed.epoch_flags(epochs), "--train-images", str(images)]
-    assert plan[::2] == ["--autoencoder-epochs", "--epochs", "--train-images"]
+    names = ["--autoencoder-epochs", "--decoder-epochs", "--epochs", "--train-images"]
+    assert plan[::2] == names
     assert (name, last, budget) == ("diffusion", epochs["epochs"], 600)
     assert point.minutes == 0.7 and point.evaluations == 24
-    assert point.trained == f"{epochs['autoencoder_epochs']} + 1 epochs of {images:,} images"
+    earlier = f"{epochs['autoencoder_epochs']} + {epochs['decoder_epochs']}"
+    assert point.trained == f"{earlier} + 1 epochs of {images:,} images"
     assert len(quality.read_samples(point.samples)[0]) == 100
 
 

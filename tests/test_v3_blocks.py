@@ -1,5 +1,6 @@
-"""The networks of v3: shapes, gradients, conditioning, attention, and whom the loss of stage 1 may
-teach."""
+"""The networks of v3: shapes, gradients, conditioning, attention, and the loss of stage 1."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,8 +25,9 @@ class Networks:
         config = script.Settings(**script.default_settings(CPU, quick=True) | widths)
         built = script.initial_networks(config, CPU)
         self.models = script.Models(built, config, [])
-        self.compression, self.denoiser = built["autoencoder"], built["diffusion"]
-        self.autoencoder = self.compression["autoencoder"]
+        self.autoencoder, self.denoiser = built["autoencoder"], built["diffusion"]
+        self.decoder = built["decoder"]["decoder"]
+        self.decode = partial(script.decode, self.models)
         count = script.NULL_CLASS + 1
         self.latents = script.noise_of_samples(self.models, range(count))()
         self.times = torch.linspace(0, 1, count)
@@ -49,14 +51,6 @@ def submodules(module, kind):
     found = [part for part in module.modules() if isinstance(part, kind)]
     assert found
     return found
-
-
-def gradients(module, loss):
-    """The gradient of a loss for all parameters of a module, in one vector; zero where none is."""
-    parameters = list(module.parameters())
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
-    return torch.cat([gradient.flatten() for gradient in found])
 
 
 # --- the denoiser ---------------------------------------------------------------------------------
@@ -93,12 +87,13 @@ def test_class_and_time_matter_to_the_denoiser(networks):
 
 def test_rows_of_a_batch_do_not_mix(networks):
     denoiser, autoencoder = perturb(networks.denoiser), perturb(networks.autoencoder)
+    perturb(networks.decoder)
     latents, times, classes = networks.latents, networks.times, networks.classes
     with torch.no_grad():
-        images = autoencoder.decode(latents)
+        images = networks.decode(latents)
         for model, batch in (
             (denoiser, (latents, times, classes)),
-            (autoencoder.decode, (latents,)),
+            (networks.decode, (latents,)),
             (autoencoder.encode, (images,)),
         ):
             rows = zip(*(part.split(1) for part in batch))
@@ -201,13 +196,14 @@ def standardised(latents):
 
 def test_encode_and_decode_shapes_types_and_ranges(script_v3, networks, images):
     autoencoder, models = perturb(networks.autoencoder), networks.models
+    perturb(networks.decoder)
     latents = script_v3.embed_images(models, images)
     assert latents.shape == (len(images), *networks.latents.shape[1:])
     assert latents.dtype == torch.float32
     decoded = script_v3.decode_images(models, 30 * latents)
     assert decoded.shape == images.shape
     assert decoded.dtype == torch.uint8
-    raw = autoencoder.decode(30 * latents)  # in float32, which the images need not be computed in
+    raw = networks.decode(30 * latents)  # in float32, which the images need not be computed in
     assert raw.min() < -1.5
     assert raw.max() > 1.5
     assert (decoded[raw < -1.5] == 0).all()  # clamped, not wrapped around
@@ -221,7 +217,7 @@ def test_encode_and_decode_shapes_types_and_ranges(script_v3, networks, images):
 
 
 def test_different_images_have_different_latents_and_reconstructions(script_v3, networks, images):
-    perturb(networks.autoencoder)
+    perturb(networks.autoencoder), perturb(networks.decoder)
     latents = script_v3.embed_images(networks.models, images)
     for values in (latents, script_v3.decode_images(networks.models, latents).float()):
         distances = torch.cdist(values.flatten(1), values.flatten(1))
@@ -240,69 +236,23 @@ def test_latents_are_standardised_by_set_statistics(script_v3, networks, images)
         reconstruction = autoencoder.decoder(raw)
         autoencoder.set_statistics(raw)
         assert standardised(autoencoder.encode(batch))
-        decoded = autoencoder.decode(autoencoder.encode(batch))
+        decoded = autoencoder.decoder(autoencoder.destandardise(autoencoder.encode(batch)))
         torch.testing.assert_close(decoded, reconstruction, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(autoencoder.raw_encode(batch), raw)  # as it was trained
     assert not standardised(autoencoder.encode(first))
     assert {"latent_mean", "latent_std"} <= set(autoencoder.state_dict())  # a checkpoint keeps them
 
 
-def loss_of(script, compression, images, perceptual_weight=4.0, latent_noise=0.1):
-    """The loss of stage 1, with the same noise at every call."""
-    weights = {"perceptual_weight": perceptual_weight, "latent_noise": latent_noise}
-    floats = script.to_float(images)
-    parts = script.autoencoder_loss(compression, floats, LABELS, rng_of(script), **weights)
-    return sum(parts.values())
-
-
-def test_gradient_reaches_every_parameter_of_the_autoencoders_loss(script_v3, networks, images):
-    compression = perturb(networks.compression)
-    loss_of(script_v3, compression, images).backward()
-    assert without_gradient(compression) == []
-
-
-def test_loss_is_the_sum_of_its_parts(script_v3, networks, images):
-    """Absolute error, perceptual distance, and the classifier's cross-entropy on real images."""
-    compression, floats = perturb(networks.compression), script_v3.to_float(images)
-    autoencoder, net = compression["autoencoder"], compression["perceptual_net"]
+def test_loss_is_the_absolute_error_of_images_decoded_from_noisy_latents(
+    script_v3, networks, images
+):
+    autoencoder, floats = perturb(networks.autoencoder), script_v3.to_float(images)
     z = autoencoder.raw_encode(floats)
     made = autoencoder.decoder(z + 0.3 * rng_of(script_v3).randn(*z.shape))
-    (real, logits), (fake, _) = net(floats), net(made)
-    distance = sum(script_v3.perceptual_distance(a, b) for a, b in zip(real, fake))
-    expected = (floats - made).abs().mean() + F.cross_entropy(logits, LABELS) + 2 * distance
-    torch.testing.assert_close(loss_of(script_v3, compression, images, 2.0, 0.3), expected)
-
-
-def test_perceptual_net_learns_from_its_own_cross_entropy_alone(script_v3, networks, images):
-    compression = perturb(networks.compression)
-    net = compression["perceptual_net"]
-    _, logits = net(script_v3.to_float(images))
-    expected = gradients(net, F.cross_entropy(logits, LABELS))
-    assert expected.abs().max() > 1e-3
-    for weight in (0.0, 1.0, 50.0):
-        found = gradients(net, loss_of(script_v3, compression, images, weight))
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
-
-
-def test_autoencoder_learns_nothing_from_the_head_of_the_classifier(script_v3, networks, images):
-    compression = perturb(networks.compression)
-    autoencoder, net = compression["autoencoder"], compression["perceptual_net"]
-    before = gradients(autoencoder, loss_of(script_v3, compression, images))
-    perturb(net.head)
-    same = gradients(autoencoder, loss_of(script_v3, compression, images))
-    torch.testing.assert_close(same, before)
-    perturb(net.stages)
-    after = gradients(autoencoder, loss_of(script_v3, compression, images))
-    assert (after - before).norm() > 1e-3 * before.norm()  # but it looks through the features
-
-
-def test_perceptual_distance_is_zero_for_equal_features_only(script_v3):
-    a, b = torch.randn(2, 3, 8, 5, 5)
-    assert script_v3.perceptual_distance(a, a) == 0
-    assert script_v3.perceptual_distance(a, b) > 0.1
-    assert script_v3.perceptual_distance(a, 3 * a) < 1e-6
-    # Opposite unit vectors are 2 apart at every position.
-    torch.testing.assert_close(script_v3.perceptual_distance(a, -a), torch.tensor(4.0))
+    loss = script_v3.reconstruction_loss(autoencoder, floats, rng_of(script_v3), latent_noise=0.3)
+    torch.testing.assert_close(loss, (floats - made).abs().mean())
+    loss.backward()
+    assert without_gradient(autoencoder) == []
 
 
 def test_images_survive_the_round_trip_to_floats(script_v3):

@@ -30,7 +30,11 @@ CPU = torch.device("cpu")
 EPOCH = 3
 FILE_NAMES = [re.sub("[/ ]", "-", name) for name in CLASSES]
 LABELS = range(10)
-PARTS = {"autoencoder": ("absolute error", "perceptual distance"), "diffusion": ("loss",)}
+PARTS = {
+    "autoencoder": ("loss",),
+    "decoder": ("absolute error", "unrealism", "hinge loss of the discriminator"),
+    "diffusion": ("loss",),
+}
 HISTORY = [
     {
         "stage": stage, "epoch": epoch, "step": 10 * epoch, "train_loss": len(parts) / epoch,
@@ -68,7 +72,7 @@ def models(script_v3):
     config = script_v3.Settings(**script_v3.default_settings(CPU, quick=True) | changes)
     networks = script_v3.initial_networks(config, CPU)
     for name, network in networks.items():
-        perturb(network.eval(), 0.1 if name == "autoencoder" else 0.2)
+        perturb(network.eval(), 0.2 if name == "diffusion" else 0.1)
     return script_v3.Models(networks, config, HISTORY)
 
 
@@ -437,11 +441,9 @@ def test_loss_curves_of_a_history_without_parts_show_the_loss(script_v3, monkeyp
     history = [{k: v for k, v in row.items() if not k.endswith("parts")} for row in HISTORY]
     script_v3.save_loss_curves(history, tmp_path / "loss_curves.png")
     [axes] = [call.figure.axes for call in figures]
-    assert [(each.get_title(), each.get_ylabel()) for each in axes] == [
-        ("autoencoder", "loss"),
-        ("diffusion", "loss"),
-    ]
-    for each, rows in zip(axes, (history[:3], history[3:])):
+    titles = [(each.get_title(), each.get_ylabel()) for each in axes]
+    assert titles == [(stage, "loss") for stage in PARTS]
+    for each, rows in zip(axes, (history[:3], history[3:6], history[6:])):
         for line, name in zip(each.lines, ("train_loss", "validation_loss")):
             assert line.get_ydata().tolist() == [row[name] for row in rows]
 

@@ -10,12 +10,12 @@ EPOCHS = 4  # of the autoencoder
 
 @pytest.fixture(scope="module")
 def trained(script_v3, real_data_dir, tmp_path_factory):
-    """Both stages trained: the history, held-out images, what the autoencoder makes of them, and
+    """All stages trained: the history, held-out images, what encoder and decoder make of them, and
     the diffusion's losses of always predicting zero and of always predicting the mean velocity."""
     config = script_v3.Settings(
         data_dir=str(real_data_dir), train_images=2000, autoencoder_epochs=EPOCHS,
-        autoencoder_batch_size=32, autoencoder_width=16, epochs=2, batch_size=32, width=16,
-        ema_decay=0.95,
+        autoencoder_batch_size=32, autoencoder_width=16, decoder_epochs=1, discriminator_width=16,
+        epochs=2, batch_size=32, width=16, ema_decay=0.95,
     )  # fmt: skip
     data = script_v3.load_fashion_mnist(config, CPU)
     held_out = {name: getattr(data, name)[:500] for name in data._fields if "validation" in name}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import SCRIPT_V3, load_script
-from script_runs import differences, flags, interrupt_at_step, on_v3, read, run, steps
+from script_runs import STEPS, differences, flags, interrupt_at_step, on_v3, read, run, steps
 
 pytestmark = on_v3
 
@@ -32,14 +32,15 @@ def test_checkpoints_within_an_epoch_do_not_change_the_bits(
     assert steps(tmp_path, "previous.pt")["diffusion"] == 8  # of 9
 
 
-SEEDED = [(stage, use) for stage in ("autoencoder", "diffusion") for use in ("order", "step")]
+SEEDED = [(stage, use) for stage in STEPS for use in ("order", "step")]
 
 
 @pytest.mark.parametrize("parts", [("initial weights",), *SEEDED], ids=" ".join)
 def test_another_seed_changes_the_bits(
     module, undisturbed, monkeypatch, tiny_data_dir, tmp_path, parts
 ):
-    """Each use of the seed for itself, while the others have that of the undisturbed run."""
+    """Each use of the seed for itself, while the others have that of the undisturbed run. Latents
+    come from the autoencoder, so the diffusion does not depend on the decoder."""
     real = module.derived_seed
 
     def derived_seed(seed, *rest):
@@ -49,10 +50,10 @@ def test_another_seed_changes_the_bits(
     assert run(module, flags(module, tmp_path, tiny_data_dir, seed=1)) == 0
     a, b = read(undisturbed)["stages"], read(tmp_path)["stages"]
     changed = [stage for stage in a if differences(a[stage]["model"], b[stage]["model"])]
-    assert changed == (["diffusion"] if parts[0] == "diffusion" else ["autoencoder", "diffusion"])
+    assert changed == ([parts[0]] if parts[0] in ("decoder", "diffusion") else list(STEPS))
 
 
-@pytest.mark.parametrize("step", [2, 9])
+@pytest.mark.parametrize("step", [2, 9, 15])
 def test_signal_late_in_a_step_loses_nothing(
     module, undisturbed, monkeypatch, capsys, tiny_data_dir, tmp_path, step
 ):
@@ -74,21 +75,25 @@ def test_signal_late_in_a_step_loses_nothing(
     assert differences(read(undisturbed), read(tmp_path)) == []
 
 
-@pytest.mark.parametrize("saver", ["save_reconstructions", "draw"])
+@pytest.mark.parametrize(
+    ("saver", "count", "done"),
+    [("draw", 2, [6]), ("save_reconstructions", 2, [6, 6]), ("draw", 5, [6, 6, 9])],
+)
 def test_signal_in_the_last_picture_of_a_stage_is_heeded(
-    module, monkeypatch, tiny_data_dir, tmp_path, saver
+    module, monkeypatch, tiny_data_dir, tmp_path, saver, count, done
 ):
-    where, count = {"save_reconstructions": (module, 2), "draw": (module.Run, 3)}[saver]
-    calls = []
+    """The decoder's epochs have a picture of their own; `draw` is called after those of the two
+    other stages."""
+    where, calls = module.Run if saver == "draw" else module, []
 
     def interrupted_saver(*args):
         calls.append(args)
-        if len(calls) == count:  # epochs of its stage
+        if len(calls) == count:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(where, saver, interrupted_saver)
     assert run(module, flags(module, tmp_path, tiny_data_dir)) == 130
-    assert list(steps(tmp_path).values()) == {"draw": [6, 9]}.get(saver, [6])
+    assert list(steps(tmp_path).values()) == done
 
 
 def test_figures_and_samples_do_not_touch_the_training(
@@ -120,11 +125,12 @@ def test_finished_run_trains_on_with_more_epochs(module, output, tiny_data_dir, 
     arguments = [flags(module, folder, tiny_data_dir, epochs=5) for folder in (output, once)]
     assert run(module, arguments[0]) == 0
     after = read(output)
-    assert steps(output) == {"autoencoder": 6, "diffusion": 15}
-    assert differences(before["stages"]["autoencoder"], after["stages"]["autoencoder"]) == []
-    assert differences(before["history"], after["history"][:5]) == []
-    assert [row["epoch"] for row in after["history"]] == [1, 2, 1, 2, 3, 4, 5]
-    assert after["history"][5]["learning_rate"] > 0  # planned anew: it had fallen to zero
+    assert steps(output) == STEPS | {"diffusion": 15}
+    for stage in ("autoencoder", "decoder"):
+        assert differences(before["stages"][stage], after["stages"][stage]) == []
+    assert differences(before["history"], after["history"][:7]) == []
+    assert [row["epoch"] for row in after["history"]] == [1, 2, 1, 2, 1, 2, 3, 4, 5]
+    assert after["history"][7]["learning_rate"] > 0  # planned anew: it had fallen to zero
     first, last = (each["stages"]["diffusion"]["model"] for each in (before, after))
     assert differences(first, last)
     assert interrupted_run(module, arguments[1], 2) == 130
@@ -132,20 +138,22 @@ def test_finished_run_trains_on_with_more_epochs(module, output, tiny_data_dir, 
     assert differences(after, read(once)) == []
 
 
-def test_autoencoder_epochs_change_before_the_second_stage_only(
-    module, output, capsys, tiny_data_dir, tmp_path
+@pytest.mark.parametrize(("stage", "step"), [("autoencoder", 4), ("decoder", 10)])
+def test_epochs_of_a_stage_change_before_the_next_one_only(
+    module, output, capsys, tiny_data_dir, tmp_path, stage, step
 ):
-    before = (output / "checkpoints" / "last.pt").read_bytes()
-    assert run(module, flags(module, output, tiny_data_dir, autoencoder_epochs=3)) == 2
-    assert "epochs of autoencoder" in capsys.readouterr().err
+    before, more = (output / "checkpoints" / "last.pt").read_bytes(), {f"{stage}_epochs": 3}
+    assert run(module, flags(module, output, tiny_data_dir, **more)) == 2
+    assert f"epochs of {stage}" in capsys.readouterr().err
     assert (output / "checkpoints" / "last.pt").read_bytes() == before
-    assert interrupted_run(module, flags(module, tmp_path / "new", tiny_data_dir), 4) == 130
-    assert run(module, flags(module, tmp_path / "new", tiny_data_dir, autoencoder_epochs=3)) == 0
-    assert steps(tmp_path / "new") == {"autoencoder": 9, "diffusion": 9}
+    assert interrupted_run(module, flags(module, tmp_path / "new", tiny_data_dir), step) == 130
+    assert run(module, flags(module, tmp_path / "new", tiny_data_dir, **more)) == 0
+    assert steps(tmp_path / "new") == STEPS | {stage: 9}
 
 
 def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_path):
-    given = {"seed": 7, "guidance_scale": 2.5, "autoencoder_epochs": 1, "epochs": 2}
+    given = {"seed": 7, "guidance_scale": 2.5, "epochs": 2}
+    given |= {"autoencoder_epochs": 1, "decoder_epochs": 1}
     arguments = flags(module, tmp_path, tiny_data_dir, **given)
     assert interrupted_run(module, arguments, 5) == 130
     config = read(tmp_path)["config"]
@@ -153,7 +161,7 @@ def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_pat
     arguments = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
     assert run(module, [*arguments, "--sampler=euler"]) == 0
     assert read(tmp_path)["config"] == config | {"sampler": "euler"}  # which may change
-    assert steps(tmp_path) == {"autoencoder": 3, "diffusion": 6}
+    assert steps(tmp_path) == {"autoencoder": 3, "decoder": 3, "diffusion": 6}
 
 
 def test_quick_run_resumes_with_the_flags_it_began_with(module, tiny_data_dir, tmp_path):
@@ -162,19 +170,20 @@ def test_quick_run_resumes_with_the_flags_it_began_with(module, tiny_data_dir, t
     assert interrupted_run(module, arguments, 8) == 130
     arguments = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
     assert run(module, ["--quick", *arguments]) == 0
-    assert steps(tmp_path) == {"autoencoder": 6, "diffusion": 9}
+    assert steps(tmp_path) == STEPS
 
 
 def test_metrics_are_the_history(undisturbed):
     with open(undisturbed / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     history = read(undisturbed)["history"]
-    assert [row["stage"] for row in rows] == ["autoencoder"] * 2 + ["diffusion"] * 3
+    stages = [*["autoencoder"] * 2, *["decoder"] * 2, *["diffusion"] * 3]
+    assert [row["stage"] for row in rows] == stages
     parts = ("train_parts", "validation_parts")
     assert all(rows[0].keys() | {*parts} == row.keys() for row in history)
     assert rows == [{name: str(row[name]) for name in rows[0]} for row in history]
     for row in history:
         for name, of in zip(("train_loss", "validation_loss"), parts):
             assert sum(row[of].values()) == row[name]
-    assert [len(row["train_parts"]) for row in history] == [3, 3, 1, 1, 1]
+    assert [len(row["train_parts"]) for row in history] == [1, 1, 3, 3, 1, 1, 1]
     assert all(row["train_parts"].keys() == row["validation_parts"].keys() for row in history)

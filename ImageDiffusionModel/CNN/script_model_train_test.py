@@ -1449,6 +1449,26 @@ def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int = 
         handle.set_alpha(1)
 
 
+def label_path(axes, path: np.ndarray, captions: list[str]) -> None:
+    """Labels about six points of a path (S + 1, 2) in a column beside it, or in a row above it
+    where it is wider than high, in the order of the points: so no two labels or lines cross."""
+    inside = axes.transData + axes.transAxes.inverted()  # to fractions of the axes
+    shown = range(0, len(path), max(1, len(path) // 5))
+    points = inside.transform(path)[shown]
+    along = int(np.ptp(points[:, 1]) >= np.ptp(points[:, 0]))  # 1: up, 0: to the right
+    rank, gap = points[:, along].argsort().argsort(), (0.09, 0.06)[along]
+    middle, half = points[:, along].mean(), gap * (len(points) - 1) / 2
+    places = np.empty_like(points)
+    places[:, along] = np.clip(middle, half + 0.07, 0.93 - half) - half + gap * rank
+    far = points[:, 1 - along].max() + 0.12
+    places[:, 1 - along] = far if far < 0.93 else points[:, 1 - along].min() - 0.12
+    how = {"textcoords": "axes fraction", "fontsize": 9, "ha": "center", "va": "center"}
+    how["arrowprops"] = {"arrowstyle": "-", "lw": 0.6, "color": "0.3"}
+    how["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
+    for step, place in zip(shown, places):
+        axes.annotate(captions[step], path[step], place, zorder=6, **how)
+
+
 def path_figure(
     images: Tensor, rows: list[str], path: np.ndarray, captions: list[str], scatter: np.ndarray,
     labels: np.ndarray, titles: tuple[str, str], strong: int,
@@ -1476,14 +1496,7 @@ def path_figure(
     bottom.plot(*path[-1], "*", color="gold", markeredgecolor="black", markersize=17, zorder=5)
     bottom.set(xlabel="first principal component", ylabel="second principal component")
     bottom.set_title(titles[1], fontsize=10)
-    low, high = bottom.get_ylim()
-    bottom.set_ylim(low, high + 0.1 * (high - low))  # room for a row of labels
-    shown = sorted(range(0, len(path), max(1, len(path) // 5)), key=lambda step: path[step, 0])
-    how = {"textcoords": "axes fraction", "fontsize": 9, "ha": "center", "va": "center"}
-    how["arrowprops"] = {"arrowstyle": "-", "lw": 0.6, "color": "0.3"}
-    for number, step in enumerate(shown):
-        place = (number + 0.5) / len(shown), 0.955
-        bottom.annotate(captions[step], path[step], place, zorder=6, **how)
+    label_path(bottom, path, captions)
     return figure
 
 

@@ -333,9 +333,12 @@ def make_untrained(path, flags, folder):
         script.main([*flags, "--output-dir", str(folder), "--train-images", "64", *once])
 
 
-def without_companions(name, network):
-    """A stage's network without what is trained beside it and not sampled from: v3's classifier."""
-    return network[name] if isinstance(network, torch.nn.ModuleDict) else network
+def sampled_parameters(networks):
+    """Number of parameters of a version's networks, without those that only training needs: of a
+    latent version the discriminator, and the decoder that the one of the next stage replaces."""
+    unused = ("autoencoder.decoder.", "decoder.discriminator.")
+    named = torch.nn.ModuleDict(networks).named_parameters()
+    return sum(each.numel() for name, each in named if not name.startswith(unused))
 
 
 def sampler_name(config):
@@ -358,11 +361,7 @@ class Sampler:
         self.script, self.rows, self.count = load_script(path), 0, 0
         with calls_of(self.script):
             self.models = self.script.load_trained(Path(output), device)
-        self.parameters = sum(
-            parameter.numel()
-            for name, network in self.models.networks.items()
-            for parameter in without_companions(name, network).parameters()
-        )
+        self.parameters = sampled_parameters(self.models.networks)
         self.models.diffusion.register_forward_hook(self._count_rows)
         self.times = stopwatch(self.script, "generate_samples", self.models.device)
 
