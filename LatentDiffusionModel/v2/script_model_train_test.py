@@ -51,7 +51,7 @@ class Config:
     autoencoder_batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
     autoencoder_learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     autoencoder_width: int = option(32, "channels at 14x14", 8, 512, multiple=8, quick=8)
-    latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
+    latent_channels: int = option(4, "channels of the 7x7 latent", 1, 64)
     kl_weight: float = option(0.1, "weight of the KL divergence, in the ELBO 1", 0.0, 100.0)
     discriminator_width: int = option(64, "channels", 8, 512, multiple=8, quick=8)
     adversarial_weight: float = option(0.05, "of realism beside the error", 0.0, 100.0)

@@ -56,13 +56,20 @@ FORMS = {
     "accuracy": "{:.1%}",
     "copying": "{:.1%}",
 }
+COURSE = (  # in the order in which the scripts are to be read
+    "ImageDiffusionModel/CNN",
+    "LatentDiffusionModel/v1",
+    "LatentDiffusionModel/v2",
+    "ImageDiffusionModel/Transformer",
+    "ImageDiffusionModel/UNet",
+    "LatentDiffusionModel/v3",
+)
 SHORT = {
-    "version": "version",
-    "training": "training",
+    "run": "whole run",
     "seconds": "s per 1,000 images",
-    "quality": "worst of blur (FMD, SWD, random features)",
+    "percent_of_blur": "FMD of blur",
+    "swd_percent_of_blur": "SWD of blur",
     "coverage": "coverage",
-    "accuracy": "accuracy",
 }
 SIZES = {
     "version": "version",
@@ -180,6 +187,7 @@ def measure(version, path, committed, args):
         "epochs": epochs,
         "training_seconds": seconds,
         "training_hardware": args.training_hardware or measured["sampling_hardware"],
+        "run_seconds": args.run_seconds,
         **measured,
         "samples": SAMPLES,
         **score_files(samples, args.data_dir),
@@ -202,13 +210,6 @@ def format_score(row, score):
     return FORMS[score].format(row[score]) + spread
 
 
-def format_quality(row):
-    """The summary, and in brackets what each eye says, without spread."""
-    worst = format_score(row, "worst_percent_of_blur") or "?"
-    keys = ("percent_of_blur", "swd_percent_of_blur", "fd_random_percent_of_blur")
-    return f"{worst} ({', '.join(f'{row[key]:.1f}%' if key in row else '?' for key in keys)})"
-
-
 def format_row(row, columns, folder="."):
     """The cells of a measured row, as text; ``folder`` is the root as seen from the README."""
     trained, sampled = row["training_hardware"], row["sampling_hardware"]
@@ -221,7 +222,6 @@ def format_row(row, columns, folder="."):
         "evaluations": f"{row['evaluations']:g}",
         "seconds": f"{row['seconds_per_1000_images']:.2g}"
         + (f" ({sampled})" if sampled != trained else ""),
-        "quality": format_quality(row),
     }
     return [cells.get(column) or format_score(row, column) for column in columns]
 
@@ -229,7 +229,6 @@ def format_row(row, columns, folder="."):
 def format_floor(floor, columns):
     """The cells of a row of real training images."""
     cells = {"version": floor["file"].removeprefix("reference: "), "copying": ""}
-    cells["quality"] = format_quality(floor)
     scored = (format_score(floor, column) if column in FORMS else "" for column in columns)
     return [cells.get(column, text) for column, text in zip(columns, scored)]
 
@@ -250,19 +249,27 @@ def format_notes(board):
     return "".join(f"\n\n{note}" for note in sorted(notes))
 
 
+def format_short(row):
+    """The cells of the table of six columns: means alone; what is not known says so."""
+    run, seconds = row.get("run_seconds"), row.get("seconds_per_1000_images")
+    known = {"run": run and f"{run / 60:.1f} min", "seconds": seconds and f"{seconds:.2g}"}
+    for score, form in (("percent_of_blur", "{:.1f}%"), ("swd_percent_of_blur", "{:.1f}%")):
+        known[score] = form.format(row[score]) if score in row else None
+    known["coverage"] = f"{row['coverage']:.3f}" if "coverage" in row else None
+    return [known[column] or "not measured yet" for column in SHORT]
+
+
 def format_leaderboard(board):
-    """The Markdown of the leaderboard in the repository's README."""
-    return (
-        f"{format_table(board, SHORT)}\n\n"
-        "In brackets, three distances to the test images, in percent of what blurred images have: "
-        "FMD (FID's formula in the features of a Fashion-MNIST classifier), SWD (the sliced "
-        "Wasserstein distance of patches), and FID's formula in an untrained network's features. "
-        "*Worst of blur* is the largest of them, with roots of the first and the third, which are "
-        f"squared distances. Mean ± spread over three sampling seeds of {SAMPLES:,} samples each."
-        f"{format_notes(board)}\n\n"
-        "[The benchmarks](tests/benchmarks/README.md#leaderboard) have all columns, and say what "
-        "each number means."
-    )
+    """The Markdown of the leaderboard in the repository's README, in the order of the course."""
+    place = {version: number for number, version in enumerate(COURSE)}
+    lines = [["version", *SHORT.values()], ["---"] * (len(SHORT) + 1)]
+    for row in sorted(board["versions"], key=lambda row: place.get(row["version"], len(place))):
+        name = row["version"]
+        lines.append([f"[{name.split('/')[1]}]({name})", *format_short(row)])
+    for floor in board["floors"][:1]:  # the balanced one
+        lines.append(["real images (floor)", "", "", *format_short(floor)[2:]])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table + format_notes(board)
 
 
 def format_all(board):
@@ -335,6 +342,9 @@ def main(argv=None, repository=speed.REPOSITORY):
         "--training-hardware",
         metavar="TEXT",
         help="where the versions were trained (default: this machine)",
+    )
+    parser.add_argument(
+        "--run-seconds", type=float, help="of the whole command that trained the one version named"
     )
     parser.add_argument(
         "--device", default="auto", help="to time sampling on, as the scripts' flag (default: auto)"
