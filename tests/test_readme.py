@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import io
 import itertools
+import json
 import re
 import shlex
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -190,11 +192,100 @@ def test_its_table_of_flags_is_complete_and_right(experiment):
 def test_its_example_of_a_library_runs(experiment, module, output, monkeypatch):
     monkeypatch.chdir(output.parent)  # where `output` is a trained run's
     monkeypatch.setitem(sys.modules, "script_model_train_test", module)
-    [example] = blocks(experiment.path.with_name("README.md"), "python")
+    found = blocks(experiment.path.with_name("README.md"), "python")
+    [example] = [text for text in found if "load_trained" in text]
     names = {}
     exec(re.sub(r"^  ", "", example, flags=re.MULTILINE), names)
     images, said = names["images"], re.search(r"# uint8 \((.*)\)$", example, re.MULTILINE)[1]
     assert images.dtype == torch.uint8 and ", ".join(map(str, images.shape)) == said
+
+
+QUOTE = re.compile(
+    r"script_model_train_test\.py\W+lines (\d+)-(\d+)[^\n]*\n+```python\n(.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def quote_problems(readme):
+    """Code that is not what stands in the lines of the script that are named above it, and code
+    without such lines that is no example of a library either."""
+    text = read(readme)
+    lines = read(readme.with_name("script_model_train_test.py")).splitlines()
+    quotes, problems = QUOTE.findall(text), []
+    for first, last, quote in quotes:
+        length = quote.count("\n")
+        found = [
+            f"{start + 1}-{start + length}"
+            for start in range(len(lines))
+            if textwrap.dedent("\n".join(lines[start : start + length])) + "\n" == quote
+        ]
+        if f"{first}-{last}" not in found:
+            where = f"it stands in lines {found[0]}" if found else "it stands nowhere"
+            problems.append(f"lines {first}-{last} are not the code below them: {where}")
+    known = [quote for _, _, quote in quotes]
+    for block in blocks(readme, "python"):
+        if block not in known and "load_trained" not in block:
+            problems.append(f"no lines named above {block.splitlines()[0]!r}")
+    return problems
+
+
+@every_script
+def test_its_quoted_code_is_that_of_the_script(experiment):
+    assert quote_problems(experiment.path.with_name("README.md")) == []
+
+
+# --- Figures that stand in two places -------------------------------------------------------------
+
+# A column of a table whose first column is "version": its key in leaderboard.json, and its unit.
+FIGURES = {
+    "parameters": ("parameters", 1e-6),
+    "evaluations": ("evaluations", 1),
+    "s per 1,000 images": ("seconds_per_1000_images", 1),
+    "FMD": ("fmd", 1),
+    "FMD, of blur": ("percent_of_blur", 1),
+    "SWD, of blur": ("swd_percent_of_blur", 1),
+    "worst of blur": ("worst_percent_of_blur", 1),
+    "detail": ("detail", 1),
+    "coverage": ("coverage", 1),
+    "accuracy": ("accuracy", 100),
+    "near-copies": ("copying", 100),
+}
+
+
+def leaderboard_rows():
+    """The rows of leaderboard.json by the names that READMEs have for them."""
+    board = json.loads(read(REPOSITORY / "tests" / "benchmarks" / "leaderboard.json"))
+    rows = {row["version"].split("/")[1]: row for row in board["versions"]}
+    return rows | {"real training images": board["floors"][0]}
+
+
+def figure_problems(readme, rows=None):
+    rows, header, problems = rows or leaderboard_rows(), [], []
+    for line in read(readme).splitlines():
+        cells = [cell.strip(" *") for cell in line.strip().strip("|").split("|")]
+        if not line.lstrip().startswith("|"):
+            header = []
+        elif not header:
+            header = cells
+        elif header[0] == "version":
+            name = re.sub(r"\[`?([\w/]*/)?([\w ]+)`?\]\(.*", r"\2", cells[0]).strip("`")
+            for column, text in zip(header[1:], cells[1:]):
+                key, unit = FIGURES.get(column, (None, 1))
+                stated = re.match(r"([\d.]+)\D*?(?:± ([\d.]+).*)?$", text.split("(")[0].strip())
+                if name not in rows or key is None or not stated:
+                    continue
+                for figure, value in zip(stated.groups(), (key, f"{key}_spread")):
+                    decimals = len((figure or "").partition(".")[2])
+                    measured = rows[name].get(value)
+                    wanted = measured and f"{unit * measured:.{decimals}f}"
+                    if figure and figure != wanted:
+                        problems.append(f"{name}, {column}: {figure}, measured {wanted}")
+    return problems
+
+
+@every_readme
+def test_its_figures_are_those_of_the_leaderboard(readme):
+    assert figure_problems(readme) == []
 
 
 # --- The checks themselves ------------------------------------------------------------------------
@@ -245,3 +336,54 @@ def test_the_checks_find_what_is_wrong(tmp_path):
     missing = [f"there is no {name}" for name in ("none.txt", "tests/none.py", "Model/script.py")]
     assert found == [*missing[:2], "script.py --help knows no --fast", missing[2]]
     assert absolute_path_problems(readme) == ["/home/me/data: an absolute path of one machine"]
+
+
+BAD_VERSION = """
+`script_model_train_test.py`, lines 2-3:
+
+```python
+def loss(x):
+    return x
+```
+
+`script_model_train_test.py`, lines 1-2:
+
+```python
+x = 1
+```
+
+```python
+y = 2
+```
+
+| version | FMD, of blur | coverage | accuracy | remark |
+|---|---|---|---|---|
+| CNN | **24.54% ± 0.76%** | 0.75 ± 0.01 | - | 7 |
+| [`a/UNet`](a/UNet) | 3% | 0.887 | 94.9% | 8 |
+| another | 3% | 1 | 2 | 3 |
+
+| sampler | FMD, of blur |
+|---|---|
+| CNN | 1% |
+"""
+
+
+def test_the_checks_of_versions_find_what_is_wrong(tmp_path):
+    (tmp_path / "README.md").write_text(BAD_VERSION)
+    script = "import x\n\n    def loss(x):\n        return x\n"
+    (tmp_path / "script_model_train_test.py").write_text(script)
+    assert quote_problems(tmp_path / "README.md") == [
+        "lines 2-3 are not the code below them: it stands in lines 3-4",
+        "lines 1-2 are not the code below them: it stands nowhere",
+        "no lines named above 'y = 2'",
+    ]
+    rows = {
+        "CNN": {"percent_of_blur": 24.551, "percent_of_blur_spread": 0.764, "coverage": 0.753},
+        "UNet": {"percent_of_blur": 3.01, "coverage": 0.8871, "accuracy": 0.9483},
+    }
+    rows["CNN"] |= {"coverage_spread": 0.0048, "accuracy": None}
+    assert figure_problems(tmp_path / "README.md", rows) == [
+        "CNN, FMD, of blur: 24.54, measured 24.55",
+        "CNN, coverage: 0.01, measured 0.00",
+        "UNet, accuracy: 94.9, measured 94.8",
+    ]
