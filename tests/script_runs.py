@@ -22,7 +22,7 @@ from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 SCRIPT_V3 = REPOSITORY / "LatentDiffusionModel" / "v3" / "script_model_train_test.py"
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker"]
 CLASSES += ["Bag", "Ankle boot"]
-STEPS = {"autoencoder": 6, "decoder": 6, "diffusion": 9}  # of a latent version's tiny run
+STEPS = {"autoencoder": 6, "decoder": 6, "diffusion": 9}  # of the stages of a tiny run
 OWN_FIGURES = {  # that neither the family nor conditions imply
     "ImageDiffusionModel/CNN": ["samplers"],
     "ImageDiffusionModel/UNet": ["nearest_neighbours"],
@@ -59,10 +59,11 @@ class Experiment:
 
     @property
     def stages(self):
-        return list(STEPS) if self.latent else ["diffusion"]
+        return re.findall(r'run\.train\(\s*"(\w+)"', self.path.read_text(encoding="utf-8"))
 
-    def figures(self, epoch, decoder_epoch=0):
-        """Paths of all figures of a run that has ended after so many epochs of its stages."""
+    def figures(self, epoch, earlier_epoch=0):
+        """Paths of all figures of a run that has ended after so many epochs of its last stage, and
+        of the one before it."""
         subjects = CLASSES if self.conditional else [f"sample {number}" for number in range(10)]
         subjects = [re.sub("[/ ]", "-", subject) for subject in subjects]
         paths = [f"diffusion_animation/diffusion_animation_class_{name}" for name in subjects]
@@ -73,7 +74,7 @@ class Experiment:
         if self.latent:
             own += ["latent_space/latent_space", "interpolation/noises"]
             own += ["interpolation/classes"] if self.conditional else []
-            done = range(1, decoder_epoch + 1)
+            done = range(1, earlier_epoch + 1)
             paths += [f"reconstruction/reconstruction_epoch_{number}.png" for number in done]
             paths += ["reconstruction/reconstruction.png"]
         paths += [f"{path}_epoch_{epoch}.png" for path in own] + ["loss_curves.png"]

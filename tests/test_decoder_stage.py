@@ -1,7 +1,4 @@
-"""Stage 2 of the latent versions: the decoder trains on against a discriminator of patches.
-
-The losses stand in all three scripts to the byte, so they are tested once, on v3.
-"""
+"""Stage 2 of v3: the decoder trains on against a discriminator of patches."""
 
 import copy
 import signal
@@ -20,7 +17,7 @@ from script_runs import EXPERIMENTS, differences, each_of, flags, read, run, ste
 CPU = torch.device("cpu")
 WEIGHTS = [0.0, 0.05, 50.0]
 
-each_latent = each_of([each for each in EXPERIMENTS if each.latent])
+with_decoder_stage = each_of([each for each in EXPERIMENTS if "decoder" in each.stages])
 
 
 # --- the losses -----------------------------------------------------------------------------------
@@ -142,14 +139,14 @@ def decoder_of(state, prefix):
     return {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
 
 
-@each_latent
+@with_decoder_stage
 def test_it_starts_from_the_averaged_decoder_of_the_autoencoder(begun):
     stage = read(begun.output, "previous.pt")["stages"]["autoencoder"]
     assert differences(decoder_of(stage["ema"], "module.decoder."), dict(begun.decoder)) == []
     assert differences(decoder_of(stage["model"], "decoder."), dict(begun.decoder))
 
 
-@each_latent
+@with_decoder_stage
 def test_it_leaves_the_autoencoder_and_its_statistics_as_they_are(begun, undisturbed):
     """The statistics are taken as it begins, and stay; so do all weights of the autoencoder."""
     before, begins = (
@@ -160,7 +157,7 @@ def test_it_leaves_the_autoencoder_and_its_statistics_as_they_are(begun, undistu
     assert differences(begins, read(undisturbed)["stages"]["autoencoder"]) == []
 
 
-@each_latent
+@with_decoder_stage
 def test_it_trains_both_players(begun, undisturbed):
     before, after = (
         read(output)["stages"]["decoder"]["model"] for output in (begun.output, undisturbed)
@@ -169,7 +166,7 @@ def test_it_trains_both_players(begun, undisturbed):
     assert changed == {"decoder", "discriminator"}
 
 
-@each_latent
+@with_decoder_stage
 @torch.no_grad()
 def test_it_decodes_raw_latents_of_the_averaged_autoencoder(module, begun, undisturbed):
     latents, images = begun.batch
@@ -181,7 +178,7 @@ def test_it_decodes_raw_latents_of_the_averaged_autoencoder(module, begun, undis
     assert (scaled - raw[:, : scaled.shape[1]]).abs().max() > 0.1
 
 
-@each_latent
+@with_decoder_stage
 def test_its_latents_are_as_noisy_as_those_of_the_stage_before(module, monkeypatch):
     """Of the posterior, or as far off as `latent_noise`; and anew at each step."""
     stage, seen = stages_of(module)["decoder"], []
@@ -206,7 +203,7 @@ def test_its_latents_are_as_noisy_as_those_of_the_stage_before(module, monkeypat
     assert torch.corrcoef(noise)[0, 1].abs() < 0.04
 
 
-@each_latent
+@with_decoder_stage
 @torch.no_grad()
 def test_images_come_from_its_decoder(module, undisturbed):
     models = module.load_trained(undisturbed, device="cpu")

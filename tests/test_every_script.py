@@ -89,7 +89,7 @@ def epochs(history, stage):
 def test_script_alone_writes_what_is_promised_and_into_its_output_folder(
     experiment, alone, history
 ):
-    expected = experiment.figures(epochs(history, "diffusion"), epochs(history, "decoder"))
+    expected = experiment.figures(*(epochs(history, stage) for stage in experiment.stages[:-3:-1]))
     expected |= {"checkpoints/last.pt", "checkpoints/previous.pt"}
     expected |= {"metrics.csv", "samples.npz", ".lock"}
     assert alone.files == expected
@@ -398,8 +398,8 @@ def test_settings_have_values_for_each_device_and_for_quick(module):
 # Interruptions
 
 
-# Steps of the diffusion count from 1. Those before it count backwards from 0, in latent versions
-# only: 0 to -5 are the decoder's, -6 to -11 the autoencoder's. Epochs have three.
+# Steps of the diffusion count from 1. Those of the stages before it count backwards from 0, as far
+# as a version has such. Epochs have three.
 @pytest.mark.parametrize(
     "at", [[-11, -5, 0, 2], [-10, -4, -1, 5], [-9, -6, -3, 1, 6], [3, 9]], ids=str
 )
@@ -407,7 +407,7 @@ def test_interrupted_run_ends_with_the_same_bits(
     experiment, module, undisturbed, tiny_data_dir, tmp_path, at
 ):
     done, arguments = 0, flags(module, tmp_path, tiny_data_dir)
-    first = STEPS["autoencoder"] + STEPS["decoder"] if experiment.latent else 0
+    first = sum(STEPS[stage] for stage in experiment.stages[:-1])
     for step in [number + first for number in at if number + first > 0]:
         with pytest.MonkeyPatch.context() as patch:
             interrupt_at_step(patch, module, step - done)

@@ -1,6 +1,7 @@
 """v3's committed weights, the switch that samples from them, and pretrained.py, which made them.
 
-`PYTHONPATH=tests/benchmarks python tests/test_pretrained.py` draws anew the images that the weights are held to.
+`PYTHONPATH=tests/benchmarks python tests/test_pretrained.py` draws anew the images that the weights
+are held to.
 """
 
 import contextlib

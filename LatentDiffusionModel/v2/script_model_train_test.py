@@ -1,8 +1,7 @@
 """Latent diffusion on Fashion-MNIST, guided by class: KL autoencoder, v-prediction, a fast solver.
 
 Stage 1 trains a variational autoencoder that turns a 28x28 image into a Gaussian over small
-latents. Stage 2 trains its decoder on against a discriminator, which gives the images their
-texture. Stage 3 trains a class-conditional UNet to denoise such latents, by predicting v on a
+latents; stage 2 trains a class-conditional UNet to denoise such latents, by predicting v on a
 cosine schedule. Sampling takes a handful of steps of DPM-Solver++(2M) under classifier-free
 guidance, and decodes the result.
 
@@ -19,7 +18,6 @@ DPM-Solver++ (Lu et al. 2022, 2211.01095).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -46,18 +44,15 @@ def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=Non
 class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
-    # stages 1 and 2: the autoencoder, then its decoder against the discriminator
-    autoencoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=30, quick=1, resume="keep")
-    decoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=30, quick=1, resume="keep")
+    # stage 1: the autoencoder
+    autoencoder_epochs: int = option(2, "epochs", 1, 10_000, gpu=30, quick=1, resume="keep")
     autoencoder_batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
     autoencoder_learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     autoencoder_width: int = option(32, "channels at 14x14", 8, 512, multiple=8, quick=8)
     latent_channels: int = option(4, "channels of the 7x7 latent", 1, 64)
     kl_weight: float = option(0.1, "weight of the KL divergence, in the ELBO 1", 0.0, 100.0)
-    discriminator_width: int = option(64, "channels", 8, 512, multiple=8, quick=8)
-    adversarial_weight: float = option(0.05, "of realism beside the error", 0.0, 100.0)
-    # stage 3: the diffusion
-    epochs: int = option(8, "epochs of stage 3", 1, 100_000, gpu=300, quick=2, resume="keep")
+    # stage 2: the diffusion
+    epochs: int = option(8, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
@@ -216,8 +211,8 @@ class VariationalAutoencoder(nn.Module):
     """28x28 images to Gaussians over latents of `latent_channels` x 7 x 7, and latents to images.
 
     `posterior` speaks of the latents as they are trained, close to N(0, 1) where the KL term asks
-    for it. `encode` and `standardise` speak of standardised latents: each channel has mean 0 and
-    variance 1 over the training set once `set_statistics` has been called.
+    for it. `encode`, `standardise` and `decode` speak of standardised latents: each channel has
+    mean 0 and variance 1 over the training set once `set_statistics` has been called.
     """
 
     def __init__(self, latent_channels: int, width: int):
@@ -270,9 +265,9 @@ class VariationalAutoencoder(nn.Module):
         """Images (B, 1, 28, 28) in [-1, 1] to standardised latents (B, C, 7, 7), their means."""
         return self.standardise(self.posterior(images)).chunk(2, dim=1)[0]
 
-    def destandardise(self, latents: Tensor) -> Tensor:
-        """Standardised latents (B, C, 7, 7) to raw ones."""
-        return latents * self.latent_std + self.latent_mean
+    def decode(self, latents: Tensor) -> Tensor:
+        """Standardised latents (B, C, 7, 7) to images (B, 1, 28, 28), about [-1, 1]."""
+        return self.decoder(latents * self.latent_std + self.latent_mean).float()
 
     def set_statistics(self, posteriors: Tensor) -> None:
         """Takes each channel's statistics from those of latents drawn from posteriors (N, 2C, 7,
@@ -300,41 +295,6 @@ def negative_elbo(
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)  # App. B
     pixels, kl = images[0].numel(), kl.sum(dim=(1, 2, 3)).mean()
     return {"-log p(x | z)": nll / pixels, "KL divergence": kl_weight * kl / pixels}
-
-
-def patch_discriminator(width: int) -> nn.Sequential:
-    """Images (B, 1, 28, 28) to logits of being real (B, 1, 7, 7), each of a place and what is
-    within 14 pixels of it (Isola et al. 2017, arXiv 1611.07004, Sec. 3.2.2)."""
-    return nn.Sequential(
-        nn.PixelUnshuffle(2),  # (B, 4, 14, 14)
-        nn.Conv2d(4, width, 3, padding=1),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(width, width, 4, stride=2, padding=1),  # (B, W, 7, 7)
-        nn.GroupNorm(8, width),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(width, 2 * width, 3, padding=1),
-        nn.GroupNorm(8, 2 * width),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(2 * width, 1, 3, padding=1),
-    )
-
-
-def adversarial_loss(
-    networks: nn.ModuleDict, latents: Tensor, images: Tensor, *, weight: float
-) -> dict[str, Tensor]:
-    """Decodes raw latents (B, C, 7, 7) of images (B, 1, 28, 28) in [-1, 1]. The decoder learns
-    from the error and from `weight` times the discriminator's opinion, the discriminator from its
-    own hinge loss alone (Lim & Ye 2017, arXiv 1705.02894)."""
-    decoder, discriminator = networks["decoder"], networks["discriminator"]
-    made = decoder(latents).float()
-    frozen = {name: weights.detach() for name, weights in discriminator.named_parameters()}
-    realism = torch.func.functional_call(discriminator, frozen, (made,)).float()
-    real, fake = discriminator(torch.cat([images, made.detach()])).float().chunk(2)
-    return {
-        "absolute error": (images - made).abs().mean(),
-        "unrealism": -weight * realism.mean(),
-        "hinge loss of the discriminator": F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
-    }
 
 
 class ConditionedBlock(nn.Module):
@@ -401,7 +361,7 @@ class ConditionalLatentUNet(nn.Module):
 
 
 # ==================================================================================================
-# The three stages
+# The two stages
 # ==================================================================================================
 
 
@@ -413,10 +373,8 @@ def state_shape(config: Config) -> tuple[int, int, int]:
 def build_networks(config: Config) -> dict[str, nn.Module]:
     """What each stage trains."""
     autoencoder = VariationalAutoencoder(config.latent_channels, config.autoencoder_width)
-    discriminator = patch_discriminator(config.discriminator_width)
-    players = {"decoder": copy.deepcopy(autoencoder.decoder), "discriminator": discriminator}
     denoiser = ConditionalLatentUNet(config.latent_channels, config.width)
-    return {"autoencoder": autoencoder, "decoder": nn.ModuleDict(players), "diffusion": denoiser}
+    return {"autoencoder": autoencoder, "diffusion": denoiser}
 
 
 def draw_latents(posteriors: Tensor, rng: Rng) -> Tensor:
@@ -426,44 +384,30 @@ def draw_latents(posteriors: Tensor, rng: Rng) -> Tensor:
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    """Trains the autoencoder, its decoder, then the diffusion, each on the averages of the last."""
+    """Trains the autoencoder, then the diffusion on the posteriors of the averaged autoencoder."""
     config, autoencoder = run.config, models.autoencoder
-    rates = {"learning_rate": config.autoencoder_learning_rate}
-    rates["batch_size"] = config.autoencoder_batch_size
     run.train(
         "autoencoder",
         partial(negative_elbo, kl_weight=config.kl_weight),
         (data.train_images,),
         (data.validation_images,),
         epochs=config.autoencoder_epochs,
-        **rates,
+        batch_size=config.autoencoder_batch_size,
+        learning_rate=config.autoencoder_learning_rate,
+        after_epoch=partial(save_reconstructions, models, data, run.output),
     )
     posteriors = once(autoencoder.posterior, data.train_images)
     held_out = once(autoencoder.posterior, data.validation_images)
-    if not run.begun("decoder"):
-        autoencoder.set_statistics(posteriors)  # the diffusion's noise has variance 1: so its data
-        run.networks["decoder"]["decoder"].load_state_dict(autoencoder.decoder.state_dict())
+    if not run.begun("diffusion"):  # the diffusion's noise has variance 1, so must its data
+        autoencoder.set_statistics(posteriors)
 
-    def decoder_loss(networks: nn.ModuleDict, posteriors: Tensor, images: Tensor, rng: Rng) -> dict:
-        latents = draw_latents(posteriors, rng)
-        return adversarial_loss(networks, latents, images, weight=config.adversarial_weight)
-
-    def diffusion_loss(denoiser: nn.Module, posteriors: Tensor, labels: Tensor, rng: Rng) -> Tensor:
+    def loss(denoiser: nn.Module, posteriors: Tensor, labels: Tensor, rng: Rng) -> Tensor:
         latents, dropout = draw_latents(posteriors, rng), config.class_dropout
         return v_prediction_loss(denoiser, latents, labels, rng, class_dropout=dropout)
 
     run.train(
-        "decoder",
-        decoder_loss,
-        (posteriors, data.train_images),
-        (held_out, data.validation_images),
-        epochs=config.decoder_epochs,
-        after_epoch=partial(save_reconstructions, models, data, run.output),
-        **rates,
-    )
-    run.train(
         "diffusion",
-        diffusion_loss,
+        loss,
         (autoencoder.standardise(posteriors), data.train_labels),
         (autoencoder.standardise(held_out), data.validation_labels),
         epochs=config.epochs,
@@ -479,7 +423,7 @@ def embed(models: Models, images: Tensor) -> Tensor:
 
 def decode(models: Models, states: Tensor) -> Tensor:
     """Standardised latents (B, C, 7, 7) to images (B, 1, 28, 28), about [-1, 1]."""
-    return models.decoder["decoder"](models.autoencoder.destandardise(states)).float()
+    return models.autoencoder.decode(states)
 
 
 # ==================================================================================================

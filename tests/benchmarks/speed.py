@@ -334,9 +334,9 @@ def make_untrained(path, flags, folder):
 
 
 def sampled_parameters(networks):
-    """Number of parameters of a version's networks, without those that only training needs: of a
-    latent version the discriminator, and the decoder that the one of the next stage replaces."""
-    unused = ("autoencoder.decoder.", "decoder.discriminator.")
+    """Number of parameters of a version's networks, without those that only training needs: where a
+    stage trains the decoder on, its discriminator, and the decoder of the stage before."""
+    unused = ("autoencoder.decoder.", "decoder.discriminator.") if "decoder" in networks else ()
     named = torch.nn.ModuleDict(networks).named_parameters()
     return sum(each.numel() for name, each in named if not name.startswith(unused))
 
