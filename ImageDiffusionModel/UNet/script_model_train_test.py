@@ -1425,7 +1425,8 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
         epochs, *curves = zip(*points)
         for curve, name in zip(curves, ("training", "validation, averaged weights")):
             axes.plot(epochs, curve, "o-", markersize=3, label=name)
-        axes.set(title=stage, xlabel="epoch", ylabel=part)
+        width = epochs[0] - 0.5, epochs[-1] + 0.5  # so that one epoch has a whole number too
+        axes.set(title=stage, xlabel="epoch", ylabel=part, xlim=width)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
