@@ -89,9 +89,9 @@ def test_trajectory_ends_at_the_versions_own_sample(experiment, undisturbed):
     changes = {"eta": 0.0} if hasattr(models.config, "eta") else {}
     models = models.with_settings(sampling_steps=10, **changes)
     label = torch.tensor([9 if experiment.conditional else script.NULL_CLASS])
-    sample = script.generate_samples(models, label, first=9)
-    assert torch.equal(sample[0, 0], images[0, -1])
     noise, classes = script.noise_of_samples(models, range(9, 10))(), script.class_weights(label)
+    sample = script.decode_images(models, script.last_state(models, noise, classes))
+    assert torch.equal(sample[0, 0], images[0, -1])
     drawn = script.draw_trajectories(models, noise, classes, 10)
     for shown, states in zip(images, (drawn.states, drawn.guesses)):
         assert torch.equal(shown, script.decode_images(models, states)[:, 0, 0])
@@ -270,7 +270,7 @@ def test_a_training_that_was_cut_off_goes_on_without_samples_of_older_runs(
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an older run")
     module = script_runs.load_without_figures(SCRIPT_V3)
-    script_runs.interrupt_at_step(monkeypatch, module, 6 + 4)  # in the diffusion's second epoch
+    script_runs.interrupt_at_step(monkeypatch, module, 12 + 4)  # in the diffusion's second epoch
     with monkeypatch.context() as patch:
         patch.setattr(across.speed, "load_script", lambda path: module)
         status, files = across.train(SCRIPT_V3, tiny_flags, tmp_path, 100)

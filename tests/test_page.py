@@ -299,7 +299,7 @@ def test_metrics_are_those_of_the_file(finished, seen):
     with open(finished.moved / "metrics.csv", newline="") as file:
         rows = list(csv.reader(file))
     [table] = [table for table in seen.tables if table[0] == rows[0]]
-    assert len(table) == len(rows) == 6
+    assert len(table) == len(rows) == 8
     for shown, row in zip(table[1:], rows[1:]):
         assert shown[0] == row[0]
         np.testing.assert_allclose([*map(float, shown[1:])], [*map(float, row[1:])], rtol=1e-4)

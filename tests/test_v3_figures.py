@@ -205,7 +205,8 @@ def test_animation_loops_without_a_jump(drawn, label):
         assert_same_pictures(there[-1], back[-1])
         assert_same_pictures(there[0], back[0])
         difference = there[0].int() - there[-1].int()
-        assert difference.abs().float().mean() > 20  # of noise and image
+        # of noise and image, where there is a picture: tiles of latents leave black between them
+        assert difference[difference != 0].abs().float().mean() > 20
 
 
 @pytest.mark.parametrize("label", LABELS)

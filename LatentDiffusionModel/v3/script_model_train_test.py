@@ -56,7 +56,7 @@ class Config:
     latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
     latent_noise: float = option(0.2, "noise on the latents, whose own std is 1", 0.0, 1.0)
     discriminator_width: int = option(64, "channels", 8, 512, multiple=8, quick=8)
-    adversarial_weight: float = option(0.05, "of realism beside the error", 0.0, 100.0)
+    adversarial_weight: float = option(0.05, "weight of realism beside error", 0.0, 100.0)
     # stage 3: the diffusion
     epochs: int = option(8, "epochs of stage 3", 1, 100_000, gpu=300, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
