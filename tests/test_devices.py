@@ -156,7 +156,8 @@ def test_the_recorder_sees_a_wait_and_a_copy():
 def test_a_training_step_neither_waits_for_the_device_nor_sends_it_anything(module, stages):
     for name, planned in stages.items():
         average = AveragedModel(planned.network).eval()
-        plan = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "ema_decay": 0.9}
+        rates = {"adamw": 1e-3, "muon": 1e-3}
+        plan = {"epochs": 1, "batch_size": 4, "rates": rates, "ema_decay": 0.9}
         stage = module.Stage(name, planned.network, average, planned.loss, 40, **plan)
         batch = [array[:4] for array in planned.arrays]
         module.train_step(stage, batch, module.Rng(0, CPU))  # makes the optimizer's state

@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
 from conftest import load_script, run_script
 from script_runs import (
@@ -64,6 +65,35 @@ def test_it_resumes_to_the_same_bits(module, undisturbed, tiny_data_dir, tmp_pat
 # Training
 
 
+def test_muon_steps_as_torchs_own_does_on_matrices(module):
+    """A convolution is the matrix of its output channels; biases, and matrices with a short side,
+    are AdamW's."""
+    torch.manual_seed(0)
+    layers = nn.Linear(20, 30), nn.Conv2d(20, 24, 3), nn.Linear(11, 40), nn.Conv2d(24, 4, 3)
+    network = nn.ModuleList(layers)
+    matrices = [layer.weight.detach().clone().flatten(1) for layer in layers[:2]]
+    others = [nn.Parameter(w.detach().clone()) for w in (layers[0].bias, *layers[2].parameters())]
+    expected = torch.optim.Muon(map(nn.Parameter, matrices), 0.02, weight_decay=0.0)
+    adamw = torch.optim.AdamW(others, 0.001, (0.9, 0.99))
+    optimizers = module.build_optimizers(network, {"adamw": 0.001, "muon": 0.02})
+    for _ in range(3):
+        for weight in network.parameters():
+            weight.grad = torch.randn_like(weight)
+        for parameter, layer in zip(expected.param_groups[0]["params"], layers):
+            parameter.grad = layer.weight.grad.flatten(1)
+        for parameter, weight in zip(others, (layers[0].bias, *layers[2].parameters())):
+            parameter.grad = weight.grad.clone()
+        for optimizer in (expected, adamw, *optimizers.values()):
+            optimizer.step()
+    for layer, matrix in zip(layers, expected.param_groups[0]["params"]):
+        assert torch.equal(layer.weight.flatten(1), matrix)
+    for weight, parameter in zip((layers[0].bias, *layers[2].parameters()), others):
+        torch.testing.assert_close(weight, parameter)
+    counts = [len(optimizer.param_groups[0]["params"]) for optimizer in optimizers.values()]
+    assert counts == [6, 2]
+    assert [*module.build_optimizers(network, {"adamw": 0.001, "muon": 0.0})] == ["adamw"]
+
+
 @pytest.fixture
 def watched(module, monkeypatch):
     """The losses of all training steps, the learning rates and the batches behind them."""
@@ -71,7 +101,7 @@ def watched(module, monkeypatch):
 
     def train_step(stage, batch, rng):
         result = real(stage, batch, rng)
-        [group] = stage.optimizer.param_groups
+        [group] = stage.optimizers["adamw"].param_groups
         seen.append((result[1].item(), group["lr"], batch))
         return result
 
@@ -256,7 +286,7 @@ def test_fresh_noise_reaches_the_sampler_and_trajectories_do_without(module, und
 
 def test_loading_trained_networks_makes_no_optimizer(experiment, undisturbed, monkeypatch):
     module = load_script(experiment.path)
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kwargs: pytest.fail("an optimizer"))
+    monkeypatch.setattr(module, "build_optimizers", lambda *args: pytest.fail("an optimizer"))
     models = module.load_trained(undisturbed, device="cpu", sampling_seed=3)
     assert models.config.sampling_seed == 3
     assert not models.diffusion.training

@@ -101,14 +101,14 @@ def test_the_bare_step_trains_a_copy(parts, script_v3):
         losses.append(rng * model(x).square().mean())
         return losses[-1] if parts == 1 else {"a": losses[-1] / 4, "b": 3 * losses[-1] / 4}
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    stage = SimpleNamespace(network=model, optimizer=optimizer, loss=loss)
+    rates = {"adamw": 0.1, "muon": 0.0}
+    stage = SimpleNamespace(network=model, rates=rates, loss=loss)
     step = speed.bare_step(script_v3, stage)
     for _ in range(3):
         step([torch.ones(4, 3)], 1.0)
     assert losses[0] > losses[1] > losses[2]
     expected = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    optimizer = script_v3.build_optimizers(expected, rates)["adamw"]
     for each in losses:  # by both parts of the loss
         value = expected(torch.ones(4, 3)).square().mean()
         torch.testing.assert_close(each.float(), value, rtol=0.02, atol=0.02)  # or in bfloat16

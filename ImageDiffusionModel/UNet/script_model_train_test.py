@@ -42,9 +42,10 @@ def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=Non
 class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
-    epochs: int = option(12, "epochs", 1, 100_000, gpu=180, quick=2, resume="keep")
+    epochs: int = option(10, "epochs", 1, 100_000, gpu=180, quick=2, resume="keep")
     batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
-    learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
+    learning_rate: float = option(2e-3, "peak of AdamW", 1e-8, 1.0)
+    muon_learning_rate: float = option(0.01, "peak of Muon, for hidden matrices", 0.0, 1.0)
     width: int = option(48, "channels at 14x14; twice that at 7x7", 8, 512, multiple=8, quick=16)
     p_mean: float = option(-0.85, "mean of the training noise's ln sigma", -10.0, 10.0)
     p_std: float = option(1.2, "standard deviation of ln sigma", 0.01, 10.0)
@@ -301,6 +302,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         epochs=config.epochs,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
+        muon_learning_rate=config.muon_learning_rate,
     )
 
 
@@ -968,29 +970,56 @@ def initial_networks(config: Settings, device: torch.device) -> dict[str, nn.Mod
         return {name: network.to(device) for name, network in build_networks(config).items()}
 
 
+class Muon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the momentum of a matrix,
+    orthogonalised. A convolution is the matrix of its output channels by all the rest."""
+
+    def __init__(self, weights: list[nn.Parameter], learning_rate: float):
+        self.weights = weights
+        matrices = [nn.Parameter(weight.detach().flatten(1)) for weight in weights]  # views
+        super().__init__(matrices, learning_rate, weight_decay=0.0)
+
+    def step(self) -> None:
+        """One step along the gradients of the weights."""
+        for weight, matrix in zip(self.weights, self.param_groups[0]["params"]):
+            matrix.grad = weight.grad.flatten(1)
+        super().step()
+
+
+def build_optimizers(network: nn.Module, rates: dict[str, float]) -> dict[str, Any]:
+    """AdamW; and, if it has a rate, Muon for the hidden matrices: those with no side under 17, as
+    weights have that read classes or write pixels. `rates` are peak learning rates, by name."""
+    weights, hidden = [*network.parameters()], []
+    if rates["muon"]:
+        hidden = [w for w in weights if w.ndim > 1 and min(w.flatten(1).shape) > 16]
+    others = [weight for weight in weights if not any(weight is matrix for matrix in hidden)]
+    adamw = torch.optim.AdamW(others, rates["adamw"], (0.9, 0.99), fused=True)
+    return {"adamw": adamw} | ({"muon": Muon(hidden, rates["muon"])} if hidden else {})
+
+
 class Stage:
-    """One stage of training: a network, its moving average and optimizer, and where it stands.
+    """One stage of training: a network, its moving average and optimizers, and where it stands.
 
     Args:
         loss: as of `Run.train`.
+        rates: as of `build_optimizers`.
         images: size of the training set; an incomplete last batch of an epoch is left out.
         batch_size: of all processes together.
     """
 
     def __init__(
         self, name: str, network: nn.Module, average: AveragedModel, loss: Callable[..., Tensor],
-        images: int, *, epochs: int, batch_size: int, learning_rate: float, ema_decay: float,
+        images: int, *, epochs: int, batch_size: int, rates: dict[str, float], ema_decay: float,
     ):  # fmt: skip
         self.name, self.network, self.average, self.loss = name, network, average, loss
-        self.batch_size, self.peak_learning_rate = min(batch_size, images), learning_rate
+        self.batch_size, self.rates = min(batch_size, images), rates
         if self.batch_size % world():
             message = f"{world()} processes cannot share batches of {self.batch_size} images"
             raise ExperimentError(message)
         self.steps_per_epoch = images // self.batch_size
         self.total_steps = epochs * self.steps_per_epoch
-        parameters, betas = network.parameters(), (0.9, 0.99)
-        self.optimizer = torch.optim.AdamW(parameters, learning_rate, betas, fused=True)
-        self.parts = {"model": network, "ema": average, "optimizer": self.optimizer}
+        self.optimizers = build_optimizers(network, rates)
+        self.parts = {"model": network, "ema": average} | self.optimizers
         self.weights, self.ema_decay = [*network.parameters()], ema_decay
         self.averaged_weights = [*average.module.parameters()]
         self.step, self.seconds = 0, 0.0
@@ -1001,11 +1030,11 @@ class Stage:
         """Number of complete epochs."""
         return self.step // self.steps_per_epoch
 
-    def learning_rate(self, step: int) -> float:
+    def learning_rate(self, step: int, optimizer: str = "adamw") -> float:
         """Warm-up over 100 steps, constant, linear to zero over the last 40% of the steps. A
         finished run that is given more epochs follows the longer plan, at a higher rate again."""
         left = (self.total_steps - step) / (0.4 * self.total_steps + 1)
-        return self.peak_learning_rate * max(0.0, min(1.0, (step + 1) / 100, left))
+        return self.rates[optimizer] * max(0.0, min(1.0, (step + 1) / 100, left))
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -1059,7 +1088,7 @@ class Run:
     def train(
         self, name: str, loss: Callable[..., Tensor], arrays: tuple[Tensor, ...],
         held_out: tuple[Tensor, ...], *, epochs: int, batch_size: int, learning_rate: float,
-        after_epoch: Callable[[int], None] | None = None,
+        muon_learning_rate: float = 0.0, after_epoch: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
         """Trains the network of that name, from the step it is at to its last.
 
@@ -1067,6 +1096,7 @@ class Run:
             loss: `loss(network, *batch, rng)` returns the mean loss of a batch, rows of `arrays`,
                 or a dict of the parts that are its sum; uint8 images come as floats in [-1, 1].
             arrays, held_out: the training set, (N, ...) each; and the validation set.
+            learning_rate, muon_learning_rate: AdamW's peak; and Muon's, 0 to do without.
             after_epoch: called with the number of a complete epoch; if None, `Run.draw` is.
 
         Raises ExperimentError after a signal, or if the loss is not finite.
@@ -1075,7 +1105,8 @@ class Run:
         if self.config.compile:
             torch._inductor.config.deterministic = True
             trained = torch.compile(loss)
-        plan = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+        rates = {"adamw": learning_rate, "muon": muon_learning_rate}
+        plan = {"epochs": epochs, "batch_size": batch_size, "rates": rates}
         plan["ema_decay"] = self.config.ema_decay
         stage = Stage(name, network, self.averages[name], trained, len(arrays[0]), **plan)
         self.stages[name] = stage
@@ -1146,17 +1177,19 @@ def noted_signals() -> Iterator[list[int]]:
 
 def train_step(stage: Stage, batch: list[Tensor], rng: Rng) -> Tensor:
     """One step. Returns, on the device, the norm of the gradient and the parts of the loss."""
-    for group in stage.optimizer.param_groups:
-        group["lr"] = stage.learning_rate(stage.step)
+    for name, optimizer in stage.optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate(stage.step, name)
     with arithmetic(batch[0].device):
         parts = loss_parts(stage.loss(stage.network, *map(to_float, batch), rng))
         loss = sum(parts.values())
-    stage.optimizer.zero_grad()
+    stage.network.zero_grad()
     loss.backward()
     losses = torch.stack([part.detach() for part in parts.values()])
     average_over_processes([losses, *(w.grad for w in stage.weights if w.grad is not None)])
     norm = nn.utils.clip_grad_norm_(stage.weights, 1.0)
-    stage.optimizer.step()
+    for optimizer in stage.optimizers.values():
+        optimizer.step()
     stage.update_average()
     stage.loss_sums = dict.fromkeys(parts, 0.0) | stage.loss_sums
     return torch.cat([norm.view(1), losses])

@@ -182,14 +182,16 @@ class StageTimes:
 def bare_step(script, stage):
     """Returns a function of a batch and its random numbers: one step of a copy of the stage's
     network, and nothing that is not needed for it."""
-    network, optimizer = copy.deepcopy((stage.network, stage.optimizer))
+    network = copy.deepcopy(stage.network)
+    optimizers = script.build_optimizers(network, stage.rates).values()
 
     def step(batch, rng):
         with script.arithmetic(batch[0].device):
             loss = sum(script.loss_parts(stage.loss(network, *batch, rng)).values())
-        optimizer.zero_grad()
+        network.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return step
 
