@@ -10,7 +10,7 @@ do without fresh noise: a figure shows the same noise through both.
     python script_model_train_test.py --sample-only --export-samples 10000
 
 Papers: DDPM (Ho et al. 2020, arXiv 2006.11239); DDIM (Song et al. 2021, 2010.02502); residual nets
-(He et al. 2016, 1512.03385).
+(He et al. 2016, 1512.03385); Muon, the optimizer of hidden matrices (Jordan et al. 2024).
 """
 
 from __future__ import annotations

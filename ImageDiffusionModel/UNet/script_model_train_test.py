@@ -12,7 +12,8 @@ Heun's method, or the paper's stochastic sampler, under classifier-free guidance
 
 Papers: EDM (Karras et al. 2022, arXiv 2206.00364); the UNet with attention (Ho et al. 2020,
 2006.11239) and adaptive group normalisation (Dhariwal & Nichol 2021, 2105.05233); classifier-free
-guidance (Ho & Salimans 2022, 2207.12598).
+guidance (Ho & Salimans 2022, 2207.12598); Muon, the optimizer of hidden matrices (Jordan et al.
+2024).
 """
 
 from __future__ import annotations
