@@ -42,7 +42,7 @@ class Config:
     epochs: int = option(11, "epochs", 1, 100_000, gpu=180, quick=2, resume="keep")
     batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
     learning_rate: float = option(2e-3, "peak of AdamW", 1e-8, 1.0)
-    muon_learning_rate: float = option(0.01, "peak of Muon, for hidden matrices", 0.0, 1.0)
+    muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
     width: int = option(48, "channels at 14x14; twice that at 7x7", 8, 512, multiple=8, quick=16)
     blocks: int = option(4, "residual blocks at 7x7", 1, 100, quick=2)
     ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
@@ -551,19 +551,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether hardware multiplies bfloat16: CUDA since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # old releases cannot tell: float32
+    return device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 @contextlib.contextmanager
 def arithmetic(device: torch.device) -> Iterator[None]:
-    """How networks compute: in bfloat16 where hardware multiplies it (CUDA since Ampere, CPUs with
-    AVX512-BF16 or AMX), else in float32, whatever the caller's default is."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = getattr(torch.cpu, "get_capabilities", dict)()  # old releases cannot tell: float32
-        native = device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
+    """How networks compute: in bfloat16 where hardware multiplies it, else in float32, whatever the
+    caller's default is."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(native)):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device)):
             yield
     finally:
         torch.set_default_dtype(default)
@@ -925,29 +928,49 @@ def initial_networks(config: Settings, device: torch.device) -> dict[str, nn.Mod
         return {name: network.to(device) for name, network in build_networks(config).items()}
 
 
-class Muon(torch.optim.Muon):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the momentum of a matrix,
-    orthogonalised. A convolution is the matrix of its output channels by all the rest."""
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """The matrix (A, B) with its singular vectors kept and its singular values brought near 1, by
+    five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(torch.bfloat16 if has_bfloat16(matrix.device) else torch.float32)
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        quintic = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, quintic, x, beta=3.4445)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): steps along the Nesterov momentum of each matrix, orthogonalised,
+    without weight decay. A convolution is the matrix of its output channels by all the rest. (The
+    one in torch takes no convolutions, and always computes in bfloat16, slow where not native.)"""
 
     def __init__(self, weights: list[nn.Parameter], learning_rate: float):
-        self.weights = weights
-        matrices = [nn.Parameter(weight.detach().flatten(1)) for weight in weights]  # views
-        super().__init__(matrices, learning_rate, weight_decay=0.0)
+        super().__init__(weights, {"lr": learning_rate})
 
+    @torch.no_grad()
     def step(self) -> None:
         """One step along the gradients of the weights."""
-        for weight, matrix in zip(self.weights, self.param_groups[0]["params"]):
-            matrix.grad = weight.grad.flatten(1)
-        super().step()
+        [group] = self.param_groups
+        for weight in group["params"]:
+            gradient, state = weight.grad.flatten(1), self.state[weight]
+            if not state:
+                state["momentum"] = torch.zeros_like(gradient)
+            momentum = state["momentum"].lerp_(gradient, 0.05)
+            update = orthogonalised(gradient.lerp(momentum, 0.95)).reshape(weight.shape)
+            tallness = len(gradient) / gradient[0].numel()
+            weight.sub_(update, alpha=group["lr"] * max(1.0, tallness) ** 0.5)
 
 
 def build_optimizers(network: nn.Module, rates: dict[str, float]) -> dict[str, Any]:
-    """AdamW; and, if it has a rate, Muon for the hidden matrices: those with no side under 17, as
-    weights have that read classes or write pixels. `rates` are peak learning rates, by name."""
-    weights, hidden = [*network.parameters()], []
-    if rates["muon"]:
-        hidden = [w for w in weights if w.ndim > 1 and min(w.flatten(1).shape) > 16]
-    others = [weight for weight in weights if not any(weight is matrix for matrix in hidden)]
+    """AdamW; and, if its rate is not 0, Muon for the hidden matrices: those with no side under 17,
+    unlike weights that read classes or write pixels. `rates` are peak learning rates, by name."""
+    hidden, others = [], []
+    for weight in network.parameters():
+        wide = weight.ndim > 1 and min(weight.flatten(1).shape) > 16
+        (hidden if wide and rates["muon"] else others).append(weight)
     adamw = torch.optim.AdamW(others, rates["adamw"], (0.9, 0.99), fused=True)
     return {"adamw": adamw} | ({"muon": Muon(hidden, rates["muon"])} if hidden else {})
 
