@@ -37,14 +37,14 @@ def test_an_inherited_matplotlib_backend_does_not_matter_and_the_caller_keeps_it
     code = f"""
 import os, sys
 sys.path.insert(0, {str(experiment.path.parents[2] / "tests")!r})
-os.environ["MPLBACKEND"] = "module://nowhere.backend"
+os.environ["MPLBACKEND"] = "no_such_backend"
 from sync_shared import load_script
 script = load_script({str(experiment.path)!r})
 import matplotlib
 matplotlib.rcParams["lines.linewidth"] = 7
 script.exit_status(lambda: None)
 assert matplotlib.rcParams["lines.linewidth"] == 7
-assert os.environ["MPLBACKEND"] == "module://nowhere.backend"
+assert os.environ["MPLBACKEND"] == "no_such_backend"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
