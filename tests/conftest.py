@@ -21,12 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 import feature_extractor as fe
 import quality
 
-ARCHIVES = [
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
-]
+ARCHIVES = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
+ARCHIVES += ["t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
 
 
 def pytest_addoption(parser):
@@ -44,21 +40,27 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="runs with --faults"))
 
 
-def run_script(path, *args, timeout=240, cwd=None, env=None):
+def run_script(path, *args, env=(), **options):
     """Run a Python file with this interpreter, without a terminal; `env` is added to the
-    environment.
+    environment. Returns the CompletedProcess, its output as text."""
+    options = {"capture_output": True, "encoding": "utf-8", "timeout": 240} | options
+    options["env"] = {**os.environ, "PYTHONIOENCODING": "utf-8", **dict(env)}
+    command = [sys.executable, *map(str, (path, *args))]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, **options)
 
-    Returns the CompletedProcess, its output as text. Raises subprocess.TimeoutExpired.
-    """
-    return subprocess.run(
-        [sys.executable, str(path), *map(str, args)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=timeout,
-        cwd=cwd,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})},
-    )
+
+@pytest.fixture
+def refused(capsys):
+    """A function: the one line of error that a benchmark's command line ends with, status 2."""
+
+    def refused(main, *arguments, **options):
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, arguments)], **options)
+        error = capsys.readouterr().err
+        assert (stop.value.code, error.count("\n")) == (2, 1), error
+        return error
+
+    return refused
 
 
 def draw_shapes(labels, rng):
@@ -95,20 +97,6 @@ def write_tiny_data(root, train=640, test=160):
         write_idx(raw / f"{prefix}-labels-idx1-ubyte", labels)
 
 
-def provide_real_data(root):
-    """Return `root` with Fashion-MNIST in it, downloaded if need be; without it skip the test, or
-    fail it under CI."""
-    raw = Path(root) / "FashionMNIST" / "raw"
-    if all((raw / name).is_file() for name in ARCHIVES):
-        return root
-    try:
-        fe.download(root)
-        return root
-    except (OSError, RuntimeError) as error:
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up(f"Fashion-MNIST is not in {raw}, and downloading it failed: {error}")
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     """Tests that draw from torch's global generator draw the same every time."""
@@ -137,8 +125,16 @@ def scored_data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_data_dir():
-    """Folder for --data-dir with the real Fashion-MNIST."""
-    return provide_real_data(REPOSITORY / "data")
+    """Folder for --data-dir with the real Fashion-MNIST, downloaded if need be; without it the test
+    is skipped, or fails under CI."""
+    root = REPOSITORY / "data"
+    try:
+        if not all((root / "FashionMNIST" / "raw" / name).is_file() for name in ARCHIVES):
+            fe.download(root)
+    except (OSError, RuntimeError) as error:
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up(f"Fashion-MNIST is not in {root}, and downloading it failed: {error}")
+    return root
 
 
 @pytest.fixture

@@ -30,13 +30,8 @@ OWN_FIGURES = {  # that neither the family nor conditions imply
     "LatentDiffusionModel/v3": ["nearest_neighbours"],
 }
 WALL_CLOCK = ("seconds", "images_per_second")
-SAVERS = (  # called in training
-    "save_all_figures",
-    "save_samples",
-    "save_reconstructions",
-    "save_loss_curves",
-    "save_page",
-)
+SAVERS = ["save_all_figures", "save_samples", "save_reconstructions", "save_loss_curves"]
+SAVERS += ["save_page"]  # called in training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +81,22 @@ class Experiment:
 EXPERIMENTS = [Experiment(path) for path in find_scripts()]
 
 
-def each_of(experiments):
-    """A mark that runs a test once for each of them, as its argument `experiment`."""
+def each_of(*versions):
+    """A mark that runs a test once for each of the versions, such as "v3", as its argument
+    `experiment`."""
     how = {"ids": lambda each: each.name, "scope": "module"}
-    return pytest.mark.parametrize("experiment", experiments, **how)
+    chosen = [each for each in EXPERIMENTS if each.path.parent.name in versions]
+    return pytest.mark.parametrize("experiment", chosen, **how)
 
 
-every_script = each_of(EXPERIMENTS)
-on_v3 = each_of([Experiment(SCRIPT_V3)])  # the harness, which all share to the byte, is tested once
+every_script = each_of(*(each.path.parent.name for each in EXPERIMENTS))
+on_v3 = each_of("v3")  # the harness, which all share to the byte, is tested once
+
+
+def load_version(version):
+    """The script of a version, such as "v3", as a module."""
+    [path] = [each.path for each in EXPERIMENTS if each.path.parent.name == version]
+    return load_script(path)
 
 
 def load_without_figures(path=SCRIPT_V3):

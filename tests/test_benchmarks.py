@@ -12,29 +12,28 @@ import torch
 
 import feature_extractor as fe
 import quality
-from conftest import draw_shapes, run_script, write_tiny_data
+from conftest import draw_shapes, write_tiny_data
 
 KEYS = {"file", "n", *quality.METRICS}
 
 
+def draw(*shape, seed):
+    """Standard normal numbers in float64."""
+    how = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
+    return torch.randn(*shape, **how)
+
+
 def random_covariance(dim, seed):
-    factor = torch.randn(
-        dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    factor = draw(dim, dim, seed=seed)
     return factor @ factor.T / dim
 
 
-# --------------------------------------------------------------------------------------------------
-# Metrics
-# --------------------------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------------
 
 
 def test_frechet_distance_has_its_closed_form_for_commuting_covariances():
-    generator = torch.Generator().manual_seed(0)
-    a, b = 3 * torch.rand(
-        2, 12, generator=generator, dtype=torch.float64
-    )  # variances along shared axes
-    mean_a, mean_b = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+    a, b = draw(2, 12, seed=0).square()  # variances along shared axes
+    mean_a, mean_b = draw(2, 12, seed=1)
     axes = torch.linalg.qr(random_covariance(12, seed=1)).Q
     expected = (mean_a - mean_b).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
     measured = quality.frechet_distance(mean_a, axes * a @ axes.T, mean_b, axes * b @ axes.T)
@@ -43,37 +42,28 @@ def test_frechet_distance_has_its_closed_form_for_commuting_covariances():
 
 @pytest.mark.parametrize("dim", [3, 40, 128])
 def test_frechet_distance_agrees_with_scipy(dim):
-    mean_a, mean_b = torch.randn(
-        2, dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    ).numpy()
+    mean_a, mean_b = draw(2, dim, seed=2).numpy()
     a, b = random_covariance(dim, seed=3).numpy(), random_covariance(dim, seed=4).numpy()
-    expected = np.square(mean_a - mean_b).sum() + np.trace(
-        a + b - 2 * scipy.linalg.sqrtm(a @ b).real
-    )
+    cross = scipy.linalg.sqrtm(a @ b).real
+    expected = np.square(mean_a - mean_b).sum() + np.trace(a + b - 2 * cross)
     measured = quality.frechet_distance(*map(torch.from_numpy, (mean_a, a, mean_b, b)))
     assert measured == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_survives_singular_covariances():
-    mean, covariance = quality.mean_and_covariance(
-        torch.randn(20, 128, generator=torch.Generator().manual_seed(5))
-    )
-    assert quality.frechet_distance(mean, covariance, mean, covariance) == pytest.approx(
-        0, abs=1e-9
-    )
-    assert quality.frechet_distance(mean, covariance, mean, 4 * covariance) == pytest.approx(
-        covariance.trace().item()
-    )
+    mean, covariance = quality.mean_and_covariance(draw(20, 128, seed=5))
+    for scale, expected in ((1, 0), (4, covariance.trace().item())):
+        found = quality.frechet_distance(mean, covariance, mean, scale * covariance)
+        assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_statistics_are_unbiased_and_in_float64():
-    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(6)) + 1000
+    features = (draw(50, 6, seed=6) + 1000).float()
     mean, covariance = quality.mean_and_covariance(features)
     assert mean.dtype == covariance.dtype == torch.float64
-    np.testing.assert_allclose(mean, features.double().numpy().mean(0), rtol=1e-12)
-    np.testing.assert_allclose(
-        covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9
-    )
+    features = features.double().numpy()
+    np.testing.assert_allclose(mean, features.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(features, rowvar=False), rtol=1e-9)
 
 
 @pytest.mark.parametrize("k", [3, 5])
@@ -90,13 +80,10 @@ def test_neighbour_scores_agree_with_prdc(k, scale, shift):
 def test_nearest_image_distances_agree_with_a_plain_loop():
     rng = np.random.default_rng(8)
     images, others = (torch.from_numpy(draw_shapes(np.arange(n) % 10, rng)) for n in (30, 40))
-    pairs = [
-        [np.linalg.norm((image.double() - other.double()) / 255) for other in others]
-        for image in images
-    ]
-    np.testing.assert_allclose(
-        quality.nearest_image_distances(images, others), np.min(pairs, axis=1), rtol=1e-4
-    )
+    pairs = (images.double()[:, None] - others.double()).flatten(2) / 255  # (30, 40, 784)
+    expected = pairs.norm(dim=2).amin(dim=1)
+    found = quality.nearest_image_distances(images, others)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_blur_averages_two_by_two_and_interpolates():
@@ -106,22 +93,17 @@ def test_blur_averages_two_by_two_and_interpolates():
     blurred = quality.blur(torch.stack([checkerboard, ramp]))
     assert (blurred[0] == 100).all()
     assert blurred.shape == (2, 28, 28) and blurred.dtype == torch.uint8
-    assert (
-        blurred[1, :, 1:-1].int() - ramp[:, 1:-1].int()
-    ).abs().max() <= 1  # linear, so only rounding changes it
+    change = blurred[1].int() - ramp.int()
+    assert change[:, 1:-1].abs().max() <= 1  # linear, so only rounding changes it
 
 
-# --------------------------------------------------------------------------------------------------
-# Feature extractor
-# --------------------------------------------------------------------------------------------------
+# --- Feature extractor ----------------------------------------------------------------------------
 
 
 def test_the_classifier_is_small_and_accurate(real_data_dir):
     assert fe.WEIGHTS_PATH.stat().st_size <= 4 * 2**20
-    assert (
-        fe.accuracy(fe.load_feature_extractor(), *fe.load_split(real_data_dir, train=False))
-        >= 0.935
-    )
+    images, labels = fe.load_split(real_data_dir, train=False)
+    assert fe.accuracy(fe.load_feature_extractor(), images, labels) >= 0.935
 
 
 def test_other_weights_are_refused(tmp_path):
@@ -140,9 +122,8 @@ def test_extraction_depends_on_neither_layout_nor_chunks():
     features, logits = fe.extract(images)
     assert features.shape == (60, fe.FEATURE_DIM) and logits.shape == (60, 10)
     for same in (images[..., None], images[:, None], torch.from_numpy(images)):
-        torch.testing.assert_close(
-            fe.extract(same, chunk_size=7), (features, logits), rtol=1e-4, atol=1e-4
-        )
+        again = fe.extract(same, chunk_size=7)
+        torch.testing.assert_close(again, (features, logits), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +142,7 @@ def test_an_unreadable_data_file_is_named(tmp_path):
         fe.load_split(tmp_path, train=False)
 
 
-# --------------------------------------------------------------------------------------------------
-# Scores of whole sample files, on a tiny data set
-# --------------------------------------------------------------------------------------------------
+# --- Scores of whole sample files, on a tiny data set ---------------------------------------------
 
 
 @dataclasses.dataclass
@@ -177,16 +156,9 @@ class Tiny:
     def score(self, capsys, tmp_path, *files):
         """Run the command line; return the rows of the JSON, standard output and standard error."""
         capsys.readouterr()
-        quality.main(
-            [
-                *map(str, files),
-                "--data-dir",
-                str(self.data_dir),
-                "--json",
-                str(tmp_path / "rows.json"),
-            ]
-        )
-        return json.loads((tmp_path / "rows.json").read_text()), *capsys.readouterr()
+        path = tmp_path / "rows.json"
+        quality.main([*map(str, files), f"--data-dir={self.data_dir}", f"--json={path}"])
+        return json.loads(path.read_text()), *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
@@ -234,10 +206,8 @@ def test_rows_and_json(tiny, capsys, tmp_path):
     assert itself["precision"] == itself["recall"] == itself["coverage"] == 1
     assert itself["copying"] == pytest.approx(quality.COPY_QUANTILE, abs=0.01)
     assert itself["nn_distance_ratio"] == pytest.approx(1, abs=1e-4)
-    logits = fe.extract(tiny.test[0])[1]
-    assert itself["accuracy"] == pytest.approx(
-        (logits.argmax(1) == tiny.test[1]).double().mean().item()
-    )
+    right = fe.extract(tiny.test[0])[1].argmax(1) == tiny.test[1]
+    assert itself["accuracy"] == pytest.approx(right.double().mean().item())
 
     assert copies["copying"] == 1 and copies["nn_distance_ratio"] == pytest.approx(0, abs=1e-2)
     assert copies["accuracy"] is None
@@ -262,12 +232,10 @@ def test_no_score_depends_on_the_order_of_the_file(tiny):
     assert quality.score_arrays(images, labels, tiny.data_dir) == pytest.approx(first, rel=1e-9)
 
 
-# --------------------------------------------------------------------------------------------------
-# Floors
-# --------------------------------------------------------------------------------------------------
+# --- Floors ---------------------------------------------------------------------------------------
 
 
-def test_a_floor_has_the_samples_number_and_classes():
+def test_a_floor_has_the_samples_number_and_classes_and_says_so():
     train_labels = torch.arange(600) % 10
     labels = torch.tensor([3] * 20 + [7] * 90)  # more sevens than there are
     rows = quality.draw_like(110, labels, train_labels)
@@ -277,20 +245,15 @@ def test_a_floor_has_the_samples_number_and_classes():
         rows = quality.draw_like(110, unknown, train_labels)
         assert len(rows.unique()) == 110 and rows.tolist() != sorted(rows.tolist())
     assert len(quality.draw_like(700, None, train_labels).unique()) == 600
-
-
-@pytest.mark.parametrize(
-    ("labels", "balance"),
-    [
-        (torch.arange(25) % 10, "balanced"),
-        (torch.arange(25) % 9, "in the samples' balance"),
-        (torch.arange(25) - 1, "at random"),
+    balanced, other = torch.arange(25) % 10, torch.arange(25) % 9
+    for labels, balance in (
+        (balanced, "balanced"),
+        (other, "in the samples' balance"),
+        (other - 1, "at random"),
         (None, "at random"),
-    ],
-)
-def test_a_floor_says_how_it_was_drawn(labels, balance):
-    expected = f"reference: 1,025 real training images, {balance} (floor)"
-    assert quality.floor_name(1025, labels) == expected
+    ):
+        name = f"reference: 1,025 real training images, {balance} (floor)"
+        assert quality.floor_name(1025, labels) == name
 
 
 def test_a_floor_is_scored_once_and_kept(tiny, monkeypatch):
@@ -320,10 +283,8 @@ def test_validation_scores_against_the_validation_images(capsys, tmp_path, monke
     assert row["fmd"] == pytest.approx(0, abs=1e-6) and row["coverage"] == 1
     assert all(row[key] == pytest.approx(0, abs=1e-5) for key in quality.DISTANCES)
     assert row["copying"] == pytest.approx(quality.COPY_QUANTILE, abs=0.01)
-    assert row == {
-        "file": str(itself),
-        **quality.score_arrays(held_out, held_out_labels, tmp_path, True),
-    }
+    scores = quality.score_arrays(held_out, held_out_labels, tmp_path, True)
+    assert row == {"file": str(itself), **scores}
     assert quality.fmd_percent_of_blur(held_out, tmp_path, True) == row["percent_of_blur"]
 
     # The floor and the copies are of the images that models train on.
@@ -333,40 +294,23 @@ def test_validation_scores_against_the_validation_images(capsys, tmp_path, monke
     assert quality.score_arrays(held_out, held_out_labels, tmp_path)["fmd"] > 1e-3
 
 
-def test_the_spectra_are_drawn(tiny, tmp_path):
+def test_the_spectra_are_drawn(tiny, capsys, tmp_path):
     path = save(tmp_path / "samples.npz", tiny.train[0][:100])
-    arguments = [
-        str(path),
-        "--data-dir",
-        str(tiny.data_dir),
-        "--plot",
-        str(tmp_path / "spectrum.png"),
-    ]
-    quality.main(arguments)
+    tiny.score(capsys, tmp_path, path, f"--plot={tmp_path / 'spectrum.png'}")
     assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_seeds_get_a_row_of_mean_and_spread(tiny, capsys, tmp_path):
-    files = [
-        save(
-            tmp_path / name, tiny.train[0][start : start + 200], tiny.train[1][start : start + 200]
-        )
-        for name, start in [
-            ("samples.npz", 0),
-            ("samples_seed_1.npz", 200),
-            ("samples_seed_22.npz", 400),
-        ]
-    ]
+    names = ("samples.npz", "samples_seed_1.npz", "samples_seed_22.npz")
+    parts = zip(*(part.split(200) for part in tiny.train))
+    files = [save(tmp_path / name, *arrays) for name, arrays in zip(names, parts)]
     other = save(tmp_path / "others_seed_1.npz", tiny.test[0])
     rows, out, _ = tiny.score(capsys, tmp_path, *files, other)
     summary = rows[-1]
     # Each file has a floor: no two have the same classes.
     assert len(rows) == 4 + 2 + 4 + 1 and set(summary).issuperset(KEYS)
-    assert (
-        summary["file"] == str(tmp_path / "samples_seed_*.npz")
-        and summary["n"] == 200
-        and summary["files"] == 3
-    )
+    assert summary["file"] == str(tmp_path / "samples_seed_*.npz")
+    assert (summary["n"], summary["files"]) == (200, 3)
     for metric in quality.METRICS:
         values = [row[metric] for row in rows if row["file"] in map(str, files)]
         assert len(values) == 3
@@ -390,9 +334,8 @@ def test_the_reference_is_cached_under_the_weights(tiny, monkeypatch):
     quality.load_reference.cache_clear()
     monkeypatch.setattr(quality, "measure_reference", lambda *_: pytest.fail("measured again"))
     again = quality.load_reference(tiny.data_dir)
-    assert again["rows"] == first["rows"] and torch.equal(
-        again["train_images"], first["train_images"]
-    )
+    assert again["rows"] == first["rows"]
+    assert torch.equal(again["train_images"], first["train_images"])
 
     path = quality.reference_path(tiny.test[0], tiny.train[0])
     assert path.is_file() and fe.WEIGHTS_SHA256[:12] in path.name
@@ -401,85 +344,57 @@ def test_the_reference_is_cached_under_the_weights(tiny, monkeypatch):
     assert quality.reference_path(tiny.test[0][:-1], tiny.train[0]) != path
 
 
-# --------------------------------------------------------------------------------------------------
-# Bad files
-# --------------------------------------------------------------------------------------------------
+# --- Bad files ------------------------------------------------------------------------------------
 
 
-def write_truncated(path):
-    save(path, np.zeros((200, 28, 28), np.uint8))
-    path.write_bytes(path.read_bytes()[:-100])
+IMAGES = np.zeros((200, 28, 28), np.uint8)
 
 
-def write_damaged(path):
-    save(path, np.zeros((200, 28, 28), np.uint8))
+def write_bad(path, damage):
+    """A good file, cut short or with a bit flipped; or a file of another kind."""
+    save(path, IMAGES)
     content = bytearray(path.read_bytes())
-    content[50_000] ^= 1
-    path.write_bytes(content)
+    content[50_000] ^= damage == "flipped"
+    path.write_bytes(content[:-100] if damage == "truncated" else content)
+    if damage == "npy":
+        np.save(path.with_suffix(".npy"), IMAGES[..., None])
+        path.with_suffix(".npy").rename(path)
+    if damage == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("notes.txt", "no array")
 
 
-def write_npy(path):
-    with path.open("wb") as file:
-        np.save(file, np.zeros((200, 28, 28, 1), np.uint8))
-
-
-def write_zip(path):
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("notes.txt", "no array")
-
-
+UNSOUND, LABELS = "not a sound .npz file", "labels must be"
 BAD_FILES = {
     "missing": (lambda path: None, "No such file"),
     "folder": (lambda path: path.mkdir(), "Is a directory"),
-    "no bytes": (lambda path: path.touch(), "not a sound .npz file"),
-    "text": (lambda path: path.write_text("a picture of a shoe"), "not a sound .npz file"),
-    "npy": (write_npy, "not a sound .npz file"),
-    "truncated": (write_truncated, "not a sound .npz file"),
-    "damaged": (write_damaged, "not a sound .npz file"),
-    "no array": (write_zip, "no arr_0"),
-    "another name": (
-        lambda path: np.savez(path, images=np.zeros(3)),
-        "no arr_0 in it (it holds images)",
-    ),
+    "no bytes": (lambda path: path.touch(), UNSOUND),
+    "text": (lambda path: path.write_text("a picture of a shoe"), UNSOUND),
+    "npy": (lambda path: write_bad(path, "npy"), UNSOUND),
+    "truncated": (lambda path: write_bad(path, "truncated"), UNSOUND),
+    "damaged": (lambda path: write_bad(path, "flipped"), UNSOUND),
+    "no array": (lambda path: write_bad(path, "zip"), "no arr_0"),
+    "another name": (lambda path: np.savez(path, images=IMAGES), "no arr_0 in it (it holds images"),
     "objects": (lambda path: np.savez(path, np.array([None] * 200)), "allow_pickle"),
     "strings": (lambda path: np.savez(path, np.array(["shoe"] * 200)), "str"),
-    "float": (lambda path: save(path, np.zeros((200, 28, 28))), "got float64"),
-    "shape": (lambda path: save(path, np.zeros((200, 32, 32), np.uint8)), "(200, 32, 32, 1)"),
-    "channels": (
-        lambda path: np.savez(path, np.zeros((200, 28, 28, 3), np.uint8)),
-        "(200, 28, 28, 3)",
+    "float": (lambda path: save(path, IMAGES.astype(float)), "got float64"),
+    "shape": (
+        lambda path: save(path, np.pad(IMAGES, ((0, 0), (2, 2), (2, 2)))),
+        "(200, 32, 32, 1)",
     ),
-    "no images": (lambda path: save(path, np.zeros((0, 28, 28), np.uint8)), "0 images"),
-    "few images": (lambda path: save(path, np.zeros((9, 28, 28), np.uint8)), "9 images"),
-    "few labels": (
-        lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.zeros(199, int)),
-        "labels must be",
-    ),
-    "float labels": (
-        lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.zeros(200)),
-        "labels must be",
-    ),
-    "label 10": (
-        lambda path: save(path, np.zeros((200, 28, 28), np.uint8), np.full(200, 10)),
-        "labels must lie",
-    ),
+    "channels": (lambda path: np.savez(path, np.stack([IMAGES] * 3, 3)), "(200, 28, 28, 3)"),
+    "no images": (lambda path: save(path, IMAGES[:0]), "0 images"),
+    "few images": (lambda path: save(path, IMAGES[:9]), "9 images"),
+    "few labels": (lambda path: save(path, IMAGES, np.zeros(199, int)), LABELS),
+    "float labels": (lambda path: save(path, IMAGES, np.zeros(200)), LABELS),
+    "label 10": (lambda path: save(path, IMAGES, np.full(200, 10)), "labels must lie"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_file_gets_one_line_and_status_2(case, tmp_path, capsys):
+def test_a_bad_file_gets_one_line_and_status_2(case, tmp_path, refused):
     write, message = BAD_FILES[case]
     path = tmp_path / "samples.npz"
     write(path)
-    with pytest.raises(SystemExit) as stop:
-        quality.main([str(path)])
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == ""
-    assert len(err.splitlines()) == 1 and err.startswith(f"error: {path}: ") and message in err
-
-
-def test_the_command_line_from_outside(tmp_path):
-    result = run_script(quality.__file__, "nowhere.npz", cwd=tmp_path)
-    assert result.returncode == 2 and result.stderr.splitlines() == [
-        "error: nowhere.npz: No such file or directory"
-    ]
+    error = refused(quality.main, path)
+    assert error.startswith(f"error: {path}: ") and message in error

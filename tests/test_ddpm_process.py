@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import REPOSITORY, load_script
 from networks import (
     AXES,
     COVARIANCE,
@@ -16,23 +15,23 @@ from networks import (
     affine_map,
     gaussian_flow,
     gaussian_guesses,
-    last,
     models_of,
     perturb,
     rng_of,
     tiny_models,
     without_gradient,
 )
+from script_runs import load_version
 
 
 @pytest.fixture(scope="module")
 def cnn():
-    return load_script(REPOSITORY / "ImageDiffusionModel" / "CNN" / "script_model_train_test.py")
+    return load_version("CNN")
 
 
 @pytest.fixture(scope="module")
 def v1():
-    return load_script(REPOSITORY / "LatentDiffusionModel" / "v1" / "script_model_train_test.py")
+    return load_version("v1")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +65,7 @@ def denoisers(cnn, v1):
 def test_denoisers_start_at_the_guess_for_white_data_and_see_everything(cnn, v1, alpha_bars):
     t = torch.tensor([1, 400, 1000])
     for denoiser, x in denoisers(cnn, v1):
+        assert torch.equal(denoiser.alpha_bars, alpha_bars.float())
         # E[noise | x_t] for x_0 ~ N(0, I)
         white = (1 - alpha_bars[t]).sqrt().float()[:, None, None, None] * x
         torch.testing.assert_close(denoiser(x, t), white, rtol=1e-4, atol=1e-6)
@@ -85,18 +85,11 @@ def test_denoisers_start_at_the_guess_for_white_data_and_see_everything(cnn, v1,
 
 
 def test_alpha_bars_are_those_of_the_paper_and_of_diffusers(alpha_bars):
-    assert alpha_bars.dtype == torch.float64
-    assert alpha_bars[0] == 1
+    assert alpha_bars.dtype == torch.float64 and alpha_bars[0] == 1
     truth = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     np.testing.assert_allclose(alpha_bars[1:], truth, rtol=1e-12)
     theirs = diffusers.DDPMScheduler(beta_schedule="linear").alphas_cumprod  # of single precision
     np.testing.assert_allclose(alpha_bars[1:], theirs, rtol=1e-5)
-
-
-def test_networks_know_the_schedule_and_no_checkpoint_keeps_it(cnn, v1, alpha_bars):
-    for denoiser, _ in denoisers(cnn, v1):
-        assert torch.equal(denoiser.alpha_bars, alpha_bars.float())
-        assert "alpha_bars" not in denoiser.state_dict()
 
 
 def test_data_can_be_had_from_the_state_and_its_noise(cnn, alpha_bars):
@@ -152,19 +145,6 @@ def scheduler_like(kind, alpha_bars, **options):
     scheduler = kind(num_train_timesteps=1000, **options)
     scheduler.alphas_cumprod = alpha_bars[1:]
     return scheduler
-
-
-@pytest.mark.parametrize("variance", ["small", "large"])
-@pytest.mark.parametrize("t", [1, 2, 10, 300, 999, 1000])
-def test_an_ancestral_step_is_that_of_diffusers(cnn, alpha_bars, t, variance):
-    variance_type = f"fixed_{variance}"
-    scheduler = scheduler_like(diffusers.DDPMScheduler, alpha_bars, variance_type=variance_type)
-    x = torch.randn(5, 4, 1, 1, dtype=torch.float64)
-    noise, two = warped_noise(x, t, alpha_bars), alpha_bars[[t, t - 1]].tolist()
-    (fresh, _), (_, generator) = drawing(x.shape), drawing(x.shape)
-    state = last(cnn.ancestral(lambda x, i: (None, noise), x, two, variance, fresh))
-    expected = scheduler.step(noise, t - 1, x, generator=generator).prev_sample
-    assert (state - expected).norm() <= 1e-8 * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -235,9 +215,8 @@ def discrete_chain(variance):
         beta = betas[t - 1]
         of_x0 = np.sqrt(a[t - 1]) * beta / (1 - a[t])
         of_x = np.sqrt(1 - beta) * (1 - a[t - 1]) / (1 - a[t])
-        gain = (
-            np.sqrt(a[t]) * values / (a[t] * values + 1 - a[t])
-        )  # x_0 = mu + gain (x - sqrt(a) mu)
+        # x_0 = mu + gain (x - sqrt(a) mu)
+        gain = np.sqrt(a[t]) * values / (a[t] * values + 1 - a[t])
         mean = of_x0 * (mu + gain * (mean - np.sqrt(a[t]) * mu)) + of_x * mean
         spread = (of_x0 * gain + of_x) ** 2 * spread
         if t > 1:
@@ -272,24 +251,6 @@ def test_the_ancestral_chain_has_the_mean_and_covariance_of_its_process(cnn, alp
 # --- the figures ----------------------------------------------------------------------------------
 
 
-def test_figures_show_the_deterministic_sampler(cnn, v1):
-    for script, settings in ((cnn, {"sampler": "ancestral"}), (cnn, {"eta": 1.0}), (v1, {})):
-        models = tiny_models(script, **settings)
-        noise = script.noise_of_samples(models, range(3))()
-        drawn = script.draw_trajectories(models, noise, torch.zeros(3, 11), 4)
-        levels = script.linear_alpha_bars()[script.sampling_times(4)].tolist()
-        changed = {"eta": 0.0} | ({"sampler": "ddim"} if script is cnn else {})
-        expected = script.trajectory(models.with_settings(**changed), noise, None, 4)
-        assert torch.equal(drawn.states, expected[0])
-        assert torch.equal(drawn.guesses, expected[1])
-        assert drawn.captions == ["t = 1000", "t = 750", "t = 500", "t = 250", "t = 0"]
-        assert torch.equal(drawn.noised[-1], drawn.states[-1])
-        torch.testing.assert_close(drawn.noised[0], noise, rtol=0, atol=0.03)
-        for a, noised in zip(levels, drawn.noised):
-            truth = a**0.5 * drawn.states[-1] + (1 - a) ** 0.5 * noise
-            torch.testing.assert_close(noised, truth)
-
-
 def test_gaussian_of_the_prior_figure_has_the_moments_of_the_latents(v1):
     means, stds = torch.randn(2, 500, 2, 2, 2)
     means[:, 1] = 0.5 * means[:, 0] + 0.1 * means[:, 1] + 3
@@ -297,10 +258,8 @@ def test_gaussian_of_the_prior_figure_has_the_moments_of_the_latents(v1):
     mean, factor = v1.gaussian_of_posteriors(posteriors)
     # These 2 D points have exactly the mean and covariance of independent coordinates.
     arms = torch.cat([torch.eye(8), -torch.eye(8)]).double() * 8**0.5
-    points = (
-        means.flatten(1).double()[:, None] + arms * stds.flatten(1).double()[:, None]
-    )  # (N, 2 D, D)
-    points = points.flatten(0, 1).numpy()
+    centres, stds = (part.flatten(1).double()[:, None] for part in (means, stds))
+    points = (centres + arms * stds).flatten(0, 1).numpy()  # (N 2 D, D)
     assert mean.dtype == factor.dtype == torch.float64
     np.testing.assert_allclose(mean, points.mean(axis=0), atol=1e-12)
     np.testing.assert_allclose(factor @ factor.T, np.cov(points.T, bias=True), atol=1e-12)

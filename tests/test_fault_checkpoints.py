@@ -31,12 +31,8 @@ from script_runs import (
 
 pytestmark = on_v3
 
-SHORT = {
-    "train_images": 16,
-    "autoencoder_epochs": 1,
-    "decoder_epochs": 1,
-    "epochs": 1,
-}  # one step a stage, so three saves a run
+# One step a stage, so three saves a run.
+SHORT = {"train_images": 16, "autoencoder_epochs": 1, "decoder_epochs": 1, "epochs": 1}
 
 
 class Killed(BaseException):
@@ -148,31 +144,27 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
         assert differences(expected, read(output)) == []
 
 
-def test_loader_refuses_a_truncated_file(module, whole, tmp_path):
-    content, path, chance = whole[0], tmp_path / "last.pt", random.Random(0)
-    for length in [0, 1, len(content) - 1, *(chance.randrange(len(content)) for _ in range(50))]:
-        path.write_bytes(content[:length])
-        with pytest.raises(ValueError):
-            module.read_checkpoint(path)
-
-
 def flip(content, place, bit):
     """`content` with one bit changed."""
     return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
 
 
-@pytest.mark.parametrize("part", ["anywhere", "in the directory"])
-def test_loader_notices_a_flipped_bit_or_it_changes_nothing(module, whole, tmp_path, part):
+def test_loader_notices_a_cut_and_a_flipped_bit_or_it_changes_nothing(module, whole, tmp_path):
     """The directory of the archive is protected by no checksum, so it is tried for itself."""
-    content, path, chance, refused = whole[0], tmp_path / "last.pt", random.Random(1), 0
-    begin = 0 if part == "anywhere" else zipfile.ZipFile(io.BytesIO(content)).start_dir
-    for _ in range(50):
-        path.write_bytes(flip(content, chance.randrange(begin, len(content)), chance.randrange(8)))
-        try:
-            assert differences(whole[1], module.read_checkpoint(path)) == []
-        except ValueError:
-            refused += 1
-    assert refused > 10
+    content, path, chance = whole[0], tmp_path / "last.pt", random.Random(1)
+    for begin in (0, zipfile.ZipFile(io.BytesIO(content)).start_dir):
+        refused = 0
+        for _ in range(50):
+            place = chance.randrange(begin, len(content))
+            path.write_bytes(flip(content, place, chance.randrange(8)))
+            try:
+                assert differences(whole[1], module.read_checkpoint(path)) == []
+            except ValueError:
+                refused += 1
+            path.write_bytes(content[:place])
+            with pytest.raises(ValueError):
+                module.read_checkpoint(path)
+        assert refused > 10
 
 
 def test_loader_notices_a_tensor_turned_into_a_folder(module, whole, tmp_path):
@@ -289,9 +281,8 @@ def test_checkpoint_that_is_saved_meanwhile_is_left_alone(module, whole, output,
     """Who loads from a run in progress may look between the two renames of a save."""
     last, real = output / "checkpoints" / "last.pt", module.read_checkpoint
     last.unlink()
-    monkeypatch.setattr(
-        module, "read_checkpoint", lambda path: last.write_bytes(whole[0]) and real(path)
-    )
+    meanwhile = lambda path: last.write_bytes(whole[0]) and real(path)  # noqa: E731
+    monkeypatch.setattr(module, "read_checkpoint", meanwhile)
     assert module.find_checkpoint(last.parent)["stages"]["diffusion"]["step"] == 6
     assert last.read_bytes() == whole[0]
 
@@ -352,19 +343,3 @@ def test_checkpoint_of_something_else_is_refused(module, whole, tiny_data_dir, o
         assert wanted.get(kind, "does not fit") in line
         assert "--output-dir" in line or "--fresh" in line
     assert (output / "checkpoints" / "last.pt").read_bytes() == before
-
-
-def test_checkpoint_of_another_configuration_lists_the_fields(module, whole, tiny_data_dir, output):
-    width = whole[1]["config"]["width"]
-    given = {"seed": 3, "width": 2 * width, "sampling_steps": 4}
-    line = refusal(module, flags(module, output, tiny_data_dir, **given))
-    for part in ("seed", "3", f"width is {width}", str(2 * width), "--fresh", "--output-dir"):
-        assert part in line
-    assert "sampling_steps" not in line  # which may change
-    assert (output / "checkpoints" / "last.pt").read_bytes() == whole[0]
-
-
-def test_fresh_moves_the_old_run_aside(module, whole, tiny_data_dir, output):
-    assert run(module, [*flags(module, output, tiny_data_dir, **SHORT, seed=3), "--fresh"]) == 0
-    assert steps(output) == dict.fromkeys(STEPS, 1)
-    assert whole[0] in [path.read_bytes() for path in output.rglob("last.pt")]

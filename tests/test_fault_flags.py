@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,23 +13,15 @@ from conftest import load_script
 from script_runs import answer, every_script, on_v3, refusal
 
 OTHER_FLAGS = ["help", "no-such-flag"]
-# What numbers count, by the end of their names; the help of the other numbers explains itself.
-UNITS = {
-    "epochs": "epochs", "every": "epochs", "images": "images", "batch_size": "a step",
-    "width": "channels", "channels": "channels", "blocks": "blocks", "depth": "blocks",
-    "patch_size": "pixels", "steps": "steps", "decay": "a step", "dropout": "share",
-    "seed": "seed", "weight": "weight",
-}  # fmt: skip
+DEVICES = ["auto", "cpu", "cpu:1", "cuda", "cuda:0", "cuda:99", "cuda:x", "mps", "meta", "xla"]
 
 # What a shell can pass: any text, and any bytes, but for zeros.
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 texts |= st.binary().map(lambda content: os.fsdecode(content.replace(b"\0", b"")))
-values = (
-    texts
-    | st.integers().map(str)
-    | st.floats().map(repr)
-    | st.sampled_from(["1_0", "0x10", "1e3", "-1", "nan"])
-)
+values = texts | st.integers().map(str) | st.floats().map(repr)
+values |= st.sampled_from(["1_0", "0x10", "1e3", "-1", "nan"])
+names_of_files = texts.map(lambda text: text.replace("/", ""))
+names_of_files = names_of_files.filter(lambda text: text not in ("", ".", ".."))
 # The same examples every time, so that a change that turns a test red is to blame for it.
 examples = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -45,9 +38,7 @@ def parse(experiment):
         status, error = answer(module, arguments)
         if status == 0:
             return parsed[0] if parsed else {}, error  # nothing with --help
-        assert status == 2
-        assert len(error.splitlines()) == 1
-        assert error.startswith("error: ")
+        assert (status, len(error.splitlines()), error[:7]) == (2, 1, "error: ")
         return None, error
 
     return parse
@@ -101,21 +92,7 @@ def test_number_is_taken_exactly_or_answered_with_its_range(module, parse, data)
 
 @on_v3
 @examples
-@given(st.data())
-def test_any_command_line_is_accepted_or_gets_one_line(module, parse, data):
-    names = [module.flag(field.name) for field in dataclasses.fields(module.Settings)]
-    flags = st.sampled_from([*names, *(f"--{name}" for name in OTHER_FLAGS)])
-    parse(*data.draw(st.lists(flags | texts | st.tuples(flags, values).map("=".join))))
-
-
-@on_v3
-@examples
-@given(
-    texts
-    | st.sampled_from(
-        ["auto", "cpu", "cpu:1", "cuda", "cuda:0", "cuda:99", "cuda:x", "mps", "meta", "xla"]
-    )
-)
+@given(texts | st.sampled_from(DEVICES))
 def test_any_device_is_there_or_is_answered(module, name):
     try:
         assert module.pick_device(name).type in ("cpu", "cuda", "mps")
@@ -134,39 +111,32 @@ def file(tmp_path_factory):
 @on_v3
 @pytest.mark.parametrize("flag", ["--output-dir", "--data-dir"])
 @examples
-@given(
-    name=texts.map(lambda text: text.replace("/", "")).filter(
-        lambda text: text not in ("", ".", "..")
-    )
-)
+@given(name=names_of_files)
 def test_any_folder_that_cannot_be_is_answered_in_one_line(module, file, flag, name):
     """A path may be too long, or hold line breaks and bytes that are no text."""
-    refusal(
-        module,
-        [
-            "--quick",
-            "--device=cpu",
-            f"--output-dir={file.parent / 'output'}",
-            f"{flag}={file}/{name}",
-        ],
-    )
+    output = f"--output-dir={file.parent / 'output'}"
+    refusal(module, ["--quick", "--device=cpu", output, f"{flag}={file}/{name}"])
 
 
 @every_script
 def test_lowest_numbers_work(module, tiny_data_dir, tmp_path):
-    lowest = {
-        name: low or int(name.endswith("epochs")) for name, _, low, _, _ in numbers_of(module)
-    }
-    del lowest["num_samples"]
+    lowest = {name: low for name, _, low, _, _ in numbers_of(module) if name != "num_samples"}
     where = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
-    numbers = [f"--{name.replace('_', '-')}={low}" for name, low in lowest.items()]
+    numbers = [f"{module.flag(name)}={low}" for name, low in lowest.items()]
     assert answer(module, [*where, *numbers]) == (0, "")
     assert answer(module, [*where, "--sample-only", "--num-samples=1"]) == (0, "")
 
 
 @every_script
-def test_help_of_a_count_names_its_unit(module):
-    for field in dataclasses.fields(module.Settings):
-        for end, unit in UNITS.items():
-            if type(field.default) in (int, float) and f"_{field.name}".endswith(f"_{end}"):
-                assert unit in field.metadata["help"], field.name
+def test_settings_have_values_for_each_device_and_for_quick(module):
+    fields = {field.name: field for field in dataclasses.fields(module.Settings)}
+    slow, fast = (module.default_settings(torch.device(name)) for name in ("cpu", "cuda"))
+    assert slow.keys() == fields.keys()
+    assert slow["epochs"] < fast["epochs"]
+    assert module.default_settings(torch.device("mps")) == slow
+    for device, values in (("cpu", slow), ("cuda", fast)):
+        quick = module.default_settings(torch.device(device), quick=True)
+        module.Settings(**values), module.Settings(**quick)  # which are within their limits
+        assert quick["epochs"] <= 3 and quick["train_images"] < 2000
+        tiny = {name: field.metadata["quick"] for name, field in fields.items()}
+        assert quick == values | {name: value for name, value in tiny.items() if value is not None}

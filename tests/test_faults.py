@@ -51,8 +51,11 @@ def data(tiny_data_dir, tmp_path):
 # Signals
 
 
-# Epochs have three steps; steps 1 to 6 are the autoencoder's, 7 to 12 the decoder's.
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 5), (signal.SIGTERM, 8)])
+# Epochs have three steps; steps 1 to 6 are the autoencoder's, 7 to 12 the decoder's. Ctrl-C comes
+# at every kind of step in test_every_script.py.
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGTERM, 8), (signal.SIGHUP, 5), (signal.SIGUSR1, 14)]
+)
 def test_signal_ends_the_process_with_its_status_and_a_hint(
     experiment, module, undisturbed, tiny_data_dir, tmp_path, number, step
 ):
@@ -168,10 +171,8 @@ def test_folder_without_permission_is_named(module, tiny_data_dir, undisturbed, 
         (root / "data").chmod(0o755)
         raw.chmod(0o000 if kind == "data" else 0o555)  # a data folder need not be writable
         with as_nobody():
-            line = refusal(
-                module,
-                flags(module, output / "new" if kind == "new output" else output, root / "data"),
-            )
+            target = output / "new" if kind == "new output" else output
+            line = refusal(module, flags(module, target, root / "data"))
             if kind != "data":
                 assert load(module, raw) == 640
         assert "Permission denied" in line
@@ -180,11 +181,10 @@ def test_folder_without_permission_is_named(module, tiny_data_dir, undisturbed, 
         output.chmod(0o755)
 
 
-@pytest.mark.parametrize("below", ["", "folder"])
-def test_output_path_that_is_a_file_is_named(module, tiny_data_dir, tmp_path, below):
+def test_output_path_that_is_a_file_is_named(module, tiny_data_dir, tmp_path):
     (tmp_path / "file").write_text("precious")
-    arguments = flags(module, tmp_path / "file" / below, tiny_data_dir)
-    assert str(tmp_path / "file") in refusal(module, arguments)
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert str(tmp_path / "file") in refusal(module, flags(module, path, tiny_data_dir))
     assert (tmp_path / "file").read_text() == "precious"
 
 

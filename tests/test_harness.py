@@ -49,19 +49,6 @@ def test_another_experiment_is_what_stands_above_the_line(
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("at", [[1, 2, 3], [4, 8], [9]], ids=str)
-def test_it_resumes_to_the_same_bits(module, undisturbed, tiny_data_dir, tmp_path, at):
-    done, arguments = 0, flags(module, tmp_path, tiny_data_dir)
-    for step in at:
-        with pytest.MonkeyPatch.context() as patch:
-            interrupt_at_step(patch, module, step - done)
-            assert run(module, arguments) == 130
-        assert steps(tmp_path) == {"diffusion": step}
-        done = step
-    assert run(module, arguments) == 0
-    assert differences(read(undisturbed), read(tmp_path)) == []
-
-
 # Training
 
 
@@ -114,13 +101,6 @@ def watched(module, monkeypatch):
 LONG = {"train_images": 587, "batch_size": 2, "epochs": 1}  # 293 steps
 
 
-def test_losses_of_an_epoch_are_all_counted(module, watched, tiny_data_dir, tmp_path):
-    assert run(module, flags(module, tmp_path, tiny_data_dir, **LONG)) == 0
-    [row] = read(tmp_path)["history"]
-    assert len(watched) == row["step"] == 293
-    assert math.isclose(row["train_loss"], sum(loss for loss, _, _ in watched) / 293)
-
-
 @pytest.mark.parametrize(("epochs", "bad", "seen"), [(1, 150, 200), (2, 300, 393)])
 def test_loss_that_is_not_finite_stops_the_run(
     module, monkeypatch, tiny_data_dir, tmp_path, epochs, bad, seen
@@ -144,8 +124,13 @@ def test_loss_that_is_not_finite_stops_the_run(
     assert epochs == 1 or steps(tmp_path) == {"diffusion": 293}
 
 
-def test_learning_rate_is_a_function_of_the_step(module, watched, tiny_data_dir, tmp_path):
+def test_losses_are_all_counted_and_the_learning_rate_is_a_function_of_the_step(
+    module, watched, tiny_data_dir, tmp_path
+):
     assert run(module, flags(module, tmp_path, tiny_data_dir, **LONG, learning_rate=0.5)) == 0
+    [row] = read(tmp_path)["history"]
+    assert len(watched) == row["step"] == 293
+    assert math.isclose(row["train_loss"], sum(loss for loss, _, _ in watched) / 293)
     rates = [rate for _, rate, _ in watched]
     assert rates[:100] == pytest.approx([0.5 * (step + 1) / 100 for step in range(100)])
     assert rates[100:175] == [0.5] * 75
@@ -172,7 +157,9 @@ def test_an_epoch_takes_each_image_once_in_an_order_of_its_own(
     assert orders[0] != orders[1]
 
 
-def test_average_follows_the_network(module, monkeypatch, tiny_data_dir, tmp_path):
+def test_average_follows_the_network_and_is_what_is_validated(
+    module, monkeypatch, tiny_data_dir, tmp_path
+):
     real, weights = module.train_step, []
 
     def train_step(stage, batch, rng):
@@ -185,8 +172,12 @@ def test_average_follows_the_network(module, monkeypatch, tiny_data_dir, tmp_pat
     average = weights[0]
     for each in weights[1:]:
         average = 0.9 * average + 0.1 * each
-    saved = module.load_trained(tmp_path, device="cpu").diffusion.decode.bias
-    torch.testing.assert_close(saved, average)
+    models = module.load_trained(tmp_path, device="cpu")
+    torch.testing.assert_close(models.diffusion.decode.bias, average)
+    data = module.load_fashion_mnist(module.Settings(data_dir=str(tiny_data_dir)), CPU)
+    held_out = data.validation_images, data.validation_labels
+    [loss] = module.validation_losses(module.loss, models.diffusion, held_out).values()
+    assert models.history[-1]["validation_loss"] == pytest.approx(loss)
 
 
 def test_validation_loss_is_that_of_the_whole_set_with_the_same_noise(module):
@@ -257,21 +248,6 @@ def test_compiled_losses_train_the_same_network(module, undisturbed, tiny_data_d
 # Sampling
 
 
-def test_noise_of_a_sample_is_its_own(module):
-    """The first and the fresh: whichever samples are drawn beside it."""
-    network = module.initial_networks(module.Settings(rank=16), CPU)
-    models = module.Models(network, module.Settings(rank=16), [])
-    draws = [module.noise_of_samples(models, numbers) for numbers in (range(5), range(3, 4))]
-    many, one = ([draw() for _ in range(45)] for draw in draws)
-    for a, b in zip(many, one):
-        assert torch.equal(a[3:4], b)
-    noise = torch.stack(many).flatten(2)  # (45, 5, 784)
-    assert len(noise.flatten(0, 1).unique(dim=0)) == 45 * 5
-    assert abs(noise.std() - 1) < 0.01 and abs(noise.mean()) < 0.01
-    other = module.noise_of_samples(models.with_settings(sampling_seed=1), range(3, 4))()
-    assert not torch.equal(other, one[0])
-
-
 def test_fresh_noise_reaches_the_sampler_and_trajectories_do_without(module, undisturbed):
     models = module.load_trained(undisturbed, device="cpu")
     labels = module.labels_in_turn(4, CPU)
@@ -297,13 +273,6 @@ def test_loading_trained_networks_makes_no_optimizer(experiment, undisturbed, mo
 
 
 # Settings
-
-
-def test_settings_out_of_their_limits_are_refused_by_name(module):
-    for wrong in ({"epochs": 0}, {"rank": 12}, {"noise": "none"}, {"ema_decay": math.nan}):
-        [name] = wrong
-        with pytest.raises(module.ExperimentError, match=f"--{name.replace('_', '-')}: "):
-            module.Settings(**wrong)
 
 
 def test_a_setting_is_the_flag_or_the_checkpoints_or_the_default(module):

@@ -144,14 +144,9 @@ def main():
 @pytest.fixture
 def repository(tmp_path):
     """Three scripts: `first` and `second` are the same, `third` shares with them a name alone."""
-    for folder, text in [
-        ("ImageDiffusionModel/first", SHARED),
-        ("LatentDiffusionModel/second", SHARED),
-        (
-            "LatentDiffusionModel/third",
-            "def sample():\n    pass\n\n\n" + SHARED[SHARED.index("# =") :],
-        ),
-    ]:
+    third = "def sample():\n    pass\n\n\n" + SHARED[SHARED.index("# =") :]
+    texts = {"ImageDiffusionModel/first": SHARED, "LatentDiffusionModel/second": SHARED}
+    for folder, text in (texts | {"LatentDiffusionModel/third": third}).items():
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "script_model_train_test.py").write_text(text)
     return tmp_path
@@ -177,37 +172,26 @@ def start(repository, capsys):
     return start
 
 
-def edit(path, old, new):
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
-
-
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("area", "width * SIZE", "SIZE * width"),
         ("area", "@functools.cache\n", ""),
         ("area", "    # the end\n", ""),
-        ("SIZE", "SIZE = 3", "SIZE: int = 3"),
         ("SIZE", "# Larger is\n", "# Larger, said the author, is\n"),
         ("SIZE", "SIZE = 3", "SIZE = 3  # cm"),
-        ("Box", "class Box:\n    pass", "class Box:\n    # empty\n    pass"),
-        ("", "The end.", "The very end."),
+        ("Box", "    pass", "    pass\r"),
         ("", "    sample()\n", "    sample()\n\n\ndef helper():\n    pass\n"),
-        ("", "=\ndef main", "=\n# A library.\ndef main"),
     ],
 )
 def test_drift_is_told_and_the_command_that_is_told_mends_it(scripts, start, name, old, new):
     first, second, third = scripts
     assert start("--check") == (0, "")
-    edit(second, old, new)
+    assert SHARED.count(old) == 1
+    second.write_bytes(SHARED.replace(old, new).encode())
     status, message = start("--check")
     assert status == 1
     assert message.count("has more than one meaning") == 1
     assert f"{name or 'the harness'} has more than one meaning" in message
-    [part] = [line for line in new.split("\n") if line not in old][-1:] or [old.split("\n")[0]]
-    assert any(line[0] in "+-" and part in line for line in message.split("\n"))
     command = "python tests/sync_shared.py --from ImageDiffusionModel/first/"
     assert f"{command}script_model_train_test.py {name}".strip() + "\n" in message
     before = first.read_bytes(), third.read_bytes()
@@ -216,20 +200,11 @@ def test_drift_is_told_and_the_command_that_is_told_mends_it(scripts, start, nam
     assert second.read_bytes() == first.read_bytes()
     assert (first.read_bytes(), third.read_bytes()) == before
     assert start("--check") == (0, "")
-
-
-def test_without_names_everything_is_copied_and_with_one_that_alone(scripts, start):
-    first, second, third = scripts
-    edit(first, "SIZE = 3", "SIZE = (\n    4\n)")
-    edit(first, "    pass", '    """A box."""')
-    edit(first, "    sample()\n", "    sample()\n\n\ndef helper():\n    pass\n")
-    start("--from", first, "SIZE")
-    assert "    4\n" in second.read_text()
-    assert "A box." not in second.read_text() and "helper" not in second.read_text()
     own = third.read_text().split("#")[0]
-    start("--from", first)
-    assert second.read_bytes() == first.read_bytes()
-    assert third.read_text() == own + first.read_text()[first.read_text().index("# ==") :]
+    second.write_bytes(SHARED.replace(old, new).encode())
+    start("--from", second)  # everything
+    assert first.read_bytes() == second.read_bytes()
+    assert third.read_text() == own + second.read_text()[second.read_text().index("# ==") :]
 
 
 def test_exceptions_may_differ_but_must_not_be_stale(start):
@@ -240,21 +215,8 @@ def test_exceptions_may_differ_but_must_not_be_stale(start):
         assert f"{stale} differs in no two scripts" in message
 
 
-def test_line_ends_count(scripts, start):
-    scripts[1].write_bytes(scripts[1].read_bytes().replace(b"\n", b"\r\n"))
-    assert start("--check")[0] == 1
-
-
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        SHARED + "# THE HARNESS\n",
-        "A = 1\nA = 2\n" + SHARED,
-        "A = B = 1\n" + SHARED,
-        "A, B = 1, 2\n" + SHARED,
-        "def broken(:\n" + SHARED,
-    ],
+    "text", ["", SHARED + "# THE HARNESS\n", "A = B = 1\n" + SHARED, "def broken(:\n" + SHARED]
 )
 def test_script_that_cannot_be_compared_is_named_in_one_line(scripts, start, text):
     scripts[1].write_text(text)

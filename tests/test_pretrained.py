@@ -89,20 +89,6 @@ def test_pretrained_weights_leave_the_own_run_alone(alone, tmp_path, undisturbed
         assert file["arr_0"].shape == (10, 28, 28, 1)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ([], "--pretrained goes with --sample-only"),
-        (["--sample-only", "--quick"], "--pretrained and --quick do not go together"),
-        (["--sample-only", "--run-dir=x"], "--pretrained and --run-dir do not go together"),
-    ],
-)
-def test_pretrained_is_for_sampling_only(arguments, reason, tmp_path):
-    asked = [f"--output-dir={tmp_path / 'output'}", "--pretrained", *arguments]
-    assert reason in refusal(load_script(SCRIPT_V3), asked)
-    assert not (tmp_path / "output").exists()
-
-
 def test_a_script_alone_says_that_there_are_no_weights(tmp_path):
     module = load_script(shutil.copy(SCRIPT_V3, tmp_path))
     assert str(tmp_path / "pretrained") in refusal(module, ["--sample-only", "--pretrained"])
@@ -148,14 +134,11 @@ def test_a_run_does_not_go_on_from_slim_weights(repository, tiny_data_dir):
 
 
 @pytest.mark.parametrize("damaged", [True, False])
-def test_command_line_says_what_is_missing(damaged, repository, capsys):
+def test_command_line_says_what_is_missing(damaged, repository, refused):
     checkpoints = repository / "LatentDiffusionModel" / "v3" / "output" / "checkpoints"
     for path in checkpoints.glob("*.pt"):
         path.write_bytes(b"") if damaged else path.unlink()
-    with pytest.raises(SystemExit) as stopped:
-        pretrained.main(["LatentDiffusionModel/v3"], repository=repository)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    refused(pretrained.main, "LatentDiffusionModel/v3", repository=repository)
     assert not (checkpoints.parents[1] / "pretrained").exists()
 
 

@@ -22,7 +22,7 @@ from networks import (
     states_of,
     tiny_models,
 )
-from script_runs import EXPERIMENTS, each_of, every_script, on_v3
+from script_runs import each_of, every_script, on_v3
 
 CPU = torch.device("cpu")
 LINEAR = np.cumprod(np.append(1, 1 - np.linspace(1e-4, 0.02, 1000)))  # alpha_bar of t = 0 ... 1000
@@ -62,6 +62,7 @@ PROCESSES = {
 }
 STOCHASTIC = {
     "ImageDiffusionModel/CNN": {"eta": 0.5},
+    "ImageDiffusionModel/Transformer": {"eta": 1.0},
     "ImageDiffusionModel/UNet": {"sampler": "stochastic"},
     "LatentDiffusionModel/v1": {"eta": 1.0},
 }
@@ -123,11 +124,27 @@ def test_trajectories_and_guesses_of_gaussian_data_are_the_true_ones(experiment,
 
 
 @every_script
-def test_settings_say_how_many_steps_there_are(experiment, module):
-    models = gaussian_models(experiment, module, sampling_steps=3)
-    noise, classes = torch.zeros(2, 4, 1, 1), module.class_weights(torch.zeros(2).long())
-    assert len(list(module.sample(models, noise, classes))) == 4
-    assert len(list(module.sample(models, noise, classes, 5))) == 6
+def test_trajectories_are_drawn_without_fresh_noise_and_go_out_with_their_own(experiment, module):
+    """Whatever the sampler is set to. EDM's states are scaled to the contrast of the data."""
+    at, times_of, _ = PROCESSES[experiment.name]
+    edm, fresh = experiment.name.endswith("UNet"), STOCHASTIC.get(experiment.name, {})
+    still = tiny_models(module, **{name: "heun" if edm else 0.0 for name in fresh})
+    changes = fresh | ({"sampler": "ancestral"} if experiment.name.endswith("CNN") else {})
+    noise = module.noise_of_samples(still, range(3))()
+    classes = module.class_weights(module.labels_in_turn(3, CPU))
+    drawn = module.draw_trajectories(still.with_settings(**changes), noise, classes, 20)
+    states, guesses = module.trajectory(still, noise, classes, 20)
+    assert torch.equal(drawn.guesses, guesses)
+    assert torch.equal(drawn.noised[-1], states[-1])  # no jump where the animation turns round
+    for number, time in enumerate(times_of(20)):
+        alpha, sigma = (float(part) for part in at(torch.tensor(time)))
+        contrast = module.SIGMA_DATA / np.hypot(sigma, module.SIGMA_DATA) if edm else 1
+        noised = contrast * (alpha * states[-1] + sigma * noise)
+        torch.testing.assert_close(drawn.states[number], contrast * states[number])
+        torch.testing.assert_close(drawn.noised[number], noised, rtol=1e-4, atol=1e-4)
+    values = [float(caption.split("=")[1]) for caption in drawn.captions]
+    np.testing.assert_allclose(values, times_of(20) if edm else range(1000, -1, -50), rtol=0.05)
+    assert {caption[:4] for caption in drawn.captions} == {"σ = " if edm else "t = "}
 
 
 @every_script
@@ -153,7 +170,7 @@ def test_a_sample_is_the_same_however_many_are_drawn_at_a_time(
         assert (still.float() - images.float()).abs().mean() > 3  # fresh noise has a part in it
 
 
-@each_of([experiment for experiment in EXPERIMENTS if experiment.name.endswith("CNN")])
+@each_of("CNN")
 def test_so_are_ancestral_samples(module, torchs_own_generator):
     models = models_of(module, lambda x, t: 0.9 * x, sampler="ancestral")
     images = module.generate_samples(models, module.labels_in_turn(8, CPU))
@@ -196,6 +213,8 @@ def test_networks_start_by_their_seed_alone_and_none_drops_out(module, torchs_ow
         assert not all(map(torch.equal, states[0].values(), states[2].values()))
         kinds = [type(part).__name__ for part in network.modules()]
         assert not [kind for kind in kinds if "Dropout" in kind or kind == "RReLU"]
+        extra = states[0].keys() - dict(network.named_parameters()).keys()  # tables are made anew
+        assert {name.split(".")[-1] for name in extra} <= {"latent_mean", "latent_std"}
 
 
 @on_v3
@@ -229,3 +248,4 @@ def test_last_of_a_sampler_is_what_is_decoded(experiment, module):
     with torch.no_grad():
         assert torch.equal(torch.stack(states_of(module.sample(models, noise, classes))), states)
         assert torch.equal(last(module.sample(models, noise, classes, 5)), states[-1])
+        assert len(states_of(module.sample(models, noise, classes, 3))) == 4

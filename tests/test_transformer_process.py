@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import REPOSITORY, load_script
 from networks import Denoiser, models_of, perturb, rng_of, states_of, without_gradient
+from script_runs import load_version
 
 GENERATOR = torch.Generator().manual_seed(1)
 MEANS = torch.randn(11, 1, 28, 28, dtype=torch.float64, generator=GENERATOR)  # a class each
@@ -21,8 +21,7 @@ MEANS = torch.randn(11, 1, 28, 28, dtype=torch.float64, generator=GENERATOR)  # 
 
 @pytest.fixture(scope="module")
 def script():
-    folder = REPOSITORY / "ImageDiffusionModel" / "Transformer"
-    return load_script(folder / "script_model_train_test.py")
+    return load_version("Transformer")
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +111,6 @@ def test_patches_are_the_image_in_reading_order(script, size):
         row, column = divmod(index, side)
         cut = images[:, :, size * row : size * (row + 1), size * column : size * (column + 1)]
         assert torch.equal(patches[:, index], cut.flatten(1))
-
-
-def test_blocks_know_no_order_but_attend_to_every_token(script):
-    block = build_denoiser(script, perturbation=0.02).blocks[0]
-    tokens, condition = torch.randn(2, 49, 128), torch.randn(2, 128)
-    order = torch.randperm(49, generator=torch.Generator().manual_seed(0))
-    out = block(tokens, condition)
-    moved = block(tokens[:, order], condition)
-    torch.testing.assert_close(moved, out[:, order], rtol=1e-4, atol=1e-4)
-    changed = tokens.clone()
-    changed[0, 17] = torch.randn(128)
-    moved = (block(changed, condition) - out).abs().amax(dim=2)
-    assert moved[0].min() > 1e-5
-    assert moved[1].max() == 0  # examples do not see each other
 
 
 def test_attention_is_the_mean_of_values_weighted_by_softmax(script):
@@ -274,15 +259,3 @@ def test_as_much_fresh_noise_is_added_as_the_settings_say(script, alpha_bars):
         sigma = eta * ((1 - a[1]) / (1 - a[0]) * (1 - a[0] / a[1])).sqrt()
         truth = a[1].sqrt() * MEANS[0] + (1 - a[1] - sigma**2).clamp(min=0).sqrt() * old
         torch.testing.assert_close(state, truth + sigma * drawn, rtol=0, atol=1e-9)
-
-
-def test_figures_show_trajectories_without_fresh_noise(script):
-    models = exact_models(script, eta=1.0, guidance_scale=1.0)
-    noise = torch.randn(10, 1, 28, 28, dtype=torch.float64)
-    drawn = script.draw_trajectories(models, noise, script.class_weights(torch.arange(10)), 20)
-    assert drawn.states.shape == drawn.noised.shape == (21, 10, 1, 28, 28)
-    assert drawn.captions[:2] == ["t = 1000", "t = 950"]
-    assert drawn.captions[-1] == "t = 0"
-    # Here the forward process from the sample to its noise is the way it came.
-    torch.testing.assert_close(drawn.noised, drawn.states, rtol=0, atol=1e-3)
-    torch.testing.assert_close(drawn.guesses, MEANS[:10].expand(21, -1, -1, -1, -1))

@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from conftest import draw_shapes
@@ -56,16 +55,13 @@ def submodules(module, kind):
 # --- the denoiser ---------------------------------------------------------------------------------
 
 
-def test_velocity_has_the_shape_of_the_latents_and_starts_at_zero(networks):
-    velocity = networks.denoiser(networks.latents, networks.times, networks.classes)
-    assert velocity.shape == networks.latents.shape
-    assert velocity.dtype == torch.float32
+def test_velocity_starts_at_zero_and_every_parameter_of_the_denoiser_learns(script_v3, networks):
+    inputs = networks.latents, networks.times, networks.classes
+    velocity = networks.denoiser(*inputs)
+    assert (velocity.shape, velocity.dtype) == (networks.latents.shape, torch.float32)
     assert not velocity.any()
-
-
-def test_gradient_reaches_every_parameter_of_the_denoiser(script_v3, networks):
     denoiser = perturb(networks.denoiser)
-    denoiser(networks.latents, networks.times, networks.classes).square().mean().backward()
+    denoiser(*inputs).square().mean().backward()
     assert without_gradient(denoiser) == []
     for block in submodules(denoiser, script_v3.ConditionedBlock):  # scale and shift alike
         assert (block.modulation.weight.grad.abs().amax(dim=1) > 1e-8).all()
@@ -91,11 +87,8 @@ def test_rows_of_a_batch_do_not_mix(networks):
     latents, times, classes = networks.latents, networks.times, networks.classes
     with torch.no_grad():
         images = networks.decode(latents)
-        for model, batch in (
-            (denoiser, (latents, times, classes)),
-            (networks.decode, (latents,)),
-            (autoencoder.encode, (images,)),
-        ):
+        batches = {denoiser: (latents, times, classes), networks.decode: (latents,)}
+        for model, batch in (batches | {autoencoder.encode: (images,)}).items():
             rows = zip(*(part.split(1) for part in batch))
             alone = torch.cat([model(*row) for row in rows])
             torch.testing.assert_close(model(*batch), alone, atol=1e-4, rtol=1e-4)
@@ -104,14 +97,11 @@ def test_rows_of_a_batch_do_not_mix(networks):
 # --- the blocks -----------------------------------------------------------------------------------
 
 
-def test_residual_blocks_of_the_autoencoder_start_as_the_identity(script_v3, networks):
+def test_residual_blocks_start_as_their_skip(script_v3, networks):
     for block in submodules(networks.autoencoder, script_v3.ChannelAttentionBlock):
         x = torch.randn(2, block.conv1.in_channels, 7, 7)
         assert torch.equal(block(x), x)
         assert not torch.allclose(perturb(block)(x), x, atol=0.01)
-
-
-def test_residual_blocks_of_the_denoiser_start_as_their_skip(script_v3, networks):
     skips = set()
     for block in submodules(networks.denoiser, script_v3.ConditionedBlock):
         x = torch.randn(2, block.conv1.in_channels, 4, 4)
@@ -124,16 +114,6 @@ def test_residual_blocks_of_the_denoiser_start_as_their_skip(script_v3, networks
     assert True in skips  # a block that keeps the number of channels is the identity
 
 
-def test_scale_and_shift_act_on_the_normalised_features(script_v3, networks):
-    block = perturb(submodules(networks.denoiser, script_v3.ConditionedBlock)[0])
-    x = torch.randn(2, block.conv1.in_channels, 4, 4)
-    embedding = torch.randn(2, block.modulation.in_features)
-    scale, shift = block.modulation(embedding).chunk(2, dim=1)
-    h = block.norm2(block.conv1(F.silu(block.norm1(x))))
-    h = block.conv2(F.silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]))
-    torch.testing.assert_close(block(x, embedding), block.skip(x) + h)
-
-
 def test_self_attention_starts_as_the_identity_and_is_that_of_torch(script_v3, networks):
     for attention in submodules(networks.denoiser, script_v3.SelfAttention):
         channels = attention.norm.num_channels
@@ -142,30 +122,12 @@ def test_self_attention_starts_as_the_identity_and_is_that_of_torch(script_v3, n
         perturb(attention)
         reference = nn.MultiheadAttention(channels, attention.heads, batch_first=True)
         assert attention.heads > 1
-        reference.load_state_dict(
-            {
-                "in_proj_weight": attention.qkv.weight,
-                "in_proj_bias": attention.qkv.bias,
-                "out_proj.weight": attention.out.weight,
-                "out_proj.bias": attention.out.bias,
-            }
-        )
+        weights = {"in_proj_weight": attention.qkv.weight, "in_proj_bias": attention.qkv.bias}
+        weights |= {f"out_proj.{name}": part for name, part in attention.out.named_parameters()}
+        reference.load_state_dict(weights)
         tokens = attention.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         mixed = reference(tokens, tokens, tokens)[0].transpose(1, 2).unflatten(2, (4, 4))
         torch.testing.assert_close(attention(x), x + mixed)
-
-
-def test_self_attention_is_equivariant_over_positions_and_mixes_them(script_v3, networks):
-    for attention in submodules(networks.denoiser, script_v3.SelfAttention):
-        perturb(attention)
-        x, order = torch.randn(2, attention.norm.num_channels, 4, 4), torch.randperm(16)
-        permuted = x.flatten(2)[:, :, order].unflatten(2, (4, 4))
-        expected = attention(x).flatten(2)[:, :, order].unflatten(2, (4, 4))
-        torch.testing.assert_close(attention(permuted), expected)
-        x.requires_grad_()
-        [influence] = torch.autograd.grad(attention(x)[0, :, 0, 0].sum(), x)
-        assert (influence[0].abs().sum(dim=0) > 0).all()  # of each position on the first
-        assert not influence[1].any()  # of another image
 
 
 def test_channel_attention_gates_channels_by_the_means_of_all(script_v3, networks):
@@ -198,14 +160,12 @@ def test_encode_and_decode_shapes_types_and_ranges(script_v3, networks, images):
     autoencoder, models = perturb(networks.autoencoder), networks.models
     perturb(networks.decoder)
     latents = script_v3.embed_images(models, images)
-    assert latents.shape == (len(images), *networks.latents.shape[1:])
-    assert latents.dtype == torch.float32
+    shape = len(images), *networks.latents.shape[1:]
+    assert (latents.shape, latents.dtype) == (shape, torch.float32)
     decoded = script_v3.decode_images(models, 30 * latents)
-    assert decoded.shape == images.shape
-    assert decoded.dtype == torch.uint8
+    assert (decoded.shape, decoded.dtype) == (images.shape, torch.uint8)
     raw = networks.decode(30 * latents)  # in float32, which the images need not be computed in
-    assert raw.min() < -1.5
-    assert raw.max() > 1.5
+    assert raw.min() < -1.5 and raw.max() > 1.5
     assert (decoded[raw < -1.5] == 0).all()  # clamped, not wrapped around
     assert (decoded[raw > 1.5] == 255).all()
     rows = script_v3.decode_images(models, 30 * latents.unflatten(0, (4, 5)))
@@ -214,14 +174,6 @@ def test_encode_and_decode_shapes_types_and_ranges(script_v3, networks, images):
     for chunk in (1, 7, 500):
         again = script_v3.in_chunks(autoencoder.encode, images, chunk)
         torch.testing.assert_close(again, whole, atol=1e-4, rtol=1e-4)
-
-
-def test_different_images_have_different_latents_and_reconstructions(script_v3, networks, images):
-    perturb(networks.autoencoder), perturb(networks.decoder)
-    latents = script_v3.embed_images(networks.models, images)
-    for values in (latents, script_v3.decode_images(networks.models, latents).float()):
-        distances = torch.cdist(values.flatten(1), values.flatten(1))
-        assert distances[~torch.eye(len(images), dtype=torch.bool)].min() > 0.1
 
 
 @torch.no_grad()

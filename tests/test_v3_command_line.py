@@ -1,13 +1,15 @@
 """v3's command line: it answers mistakes with one line, and works wherever it is run."""
 
+import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from script_runs import flags, on_v3, refusal, run
+from script_runs import flags, on_v3, refusal, run, steps
 
 pytestmark = on_v3
 
@@ -25,7 +27,10 @@ pytestmark = on_v3
         (["--learning-rate=nan"], ["--learning-rate", "nan"]),
         (["--sampler=rk4"], ["euler", "heun"]),
         (["--class=Sandal"], ["--class", "--sample-only"]),
-        (["--fresh", "--sample-only"], ["--fresh", "--sample-only"]),
+        (["--fresh", "--sample-only"], ["--fresh and --sample-only do not go together"]),
+        (["--pretrained"], ["--pretrained goes with --sample-only"]),
+        (["--pretrained", "--sample-only", "--quick"], ["--pretrained and --quick do not"]),
+        (["--pretrained", "--sample-only", "--run-dir=x"], ["--pretrained and --run-dir do not"]),
         (["--guidance-scale=21"], ["--guidance-scale", "0 to 20"]),
         (["--width=12"], ["--width", "multiple of 8"]),
         (["--num-samples=16"], ["--sample-only"]),
@@ -42,9 +47,8 @@ def test_wrong_flag_is_answered_with_what_is_right(module, tmp_path, monkeypatch
 
 
 def test_sample_only_without_a_checkpoint_says_how_to_train_one(module, tmp_path):
-    assert "without --sample-only to train" in refusal(
-        module, ["--sample-only", f"--output-dir={tmp_path}"]
-    )
+    line = refusal(module, ["--sample-only", f"--output-dir={tmp_path}"])
+    assert "without --sample-only to train" in line
 
 
 @pytest.mark.parametrize("mistake", ["--device=warp", "--data-dir=/dev/null", "--no-such-flag"])
@@ -53,6 +57,43 @@ def test_mistake_beside_fresh_leaves_the_old_run_in_its_place(
 ):
     refusal(module, [*flags(module, output, tiny_data_dir), "--fresh", mistake])
     assert (output / "checkpoints" / "last.pt").exists()
+
+
+def test_checkpoint_of_another_configuration_lists_the_fields_and_fresh_starts_over(
+    module, tiny_data_dir, output
+):
+    before = (output / "checkpoints" / "last.pt").read_bytes()
+    given = flags(module, output, tiny_data_dir, seed=3, width=16, sampling_steps=4, epochs=1)
+    line = refusal(module, given)
+    for part in ("seed is 0 there and 3 here", "width is 8 there", "--fresh", "--output-dir"):
+        assert part in line
+    assert "sampling_steps" not in line  # which may change
+    assert (output / "checkpoints" / "last.pt").read_bytes() == before
+    assert run(module, [*given, "--fresh"]) == 0
+    assert steps(output)["diffusion"] == 3
+    assert before in [path.read_bytes() for path in output.rglob("last.pt")]
+
+
+# Help and defaults
+
+
+def test_help_tells_values_and_limits_of_every_setting(module, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(module, ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert " ".join(module.__doc__.split()) in " ".join(text.split())
+    parts = {}
+    for part in re.split(r"\n  (?=-)", text)[1:]:
+        parts[re.match(r"(?:-h, )?--([a-z0-9-]+)", part)[1]] = " ".join(part.split())
+    for field in dataclasses.fields(module.Settings):
+        told, rules = parts.pop(module.flag(field.name)[2:]), field.metadata
+        expected = [rules["help"], f"default: {field.default!r}", *rules["choices"]]
+        expected += [f"on a GPU {rules['gpu']!r}"] if rules["gpu"] is not None else []
+        expected += [f"with --quick {rules['quick']!r}"] if rules["quick"] is not None else []
+        if type(field.default) in (int, float):
+            expected.append(f"{rules['low']:.10g} to {rules['high']:.10g}")
+        assert [part for part in expected if part not in told] == []
+    assert parts.keys() == {"help"}
 
 
 # Samples

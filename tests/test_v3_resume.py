@@ -39,8 +39,7 @@ SEEDED = [(stage, use) for stage in STEPS for use in ("order", "step")]
 def test_another_seed_changes_the_bits(
     module, undisturbed, monkeypatch, tiny_data_dir, tmp_path, parts
 ):
-    """Each use of the seed for itself, while the others have that of the undisturbed run. Latents
-    come from the autoencoder, so the diffusion does not depend on the decoder."""
+    """Each use of the seed for itself. The diffusion does not depend on the decoder."""
     real = module.derived_seed
 
     def derived_seed(seed, *rest):
@@ -152,25 +151,17 @@ def test_epochs_of_a_stage_change_before_the_next_one_only(
 
 
 def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_path):
-    given = {"seed": 7, "guidance_scale": 2.5, "epochs": 2}
+    given = {"seed": 7, "guidance_scale": 2.5, "epochs": 2, "width": 24}
     given |= {"autoencoder_epochs": 1, "decoder_epochs": 1}
     arguments = flags(module, tmp_path, tiny_data_dir, **given)
     assert interrupted_run(module, arguments, 5) == 130
     config = read(tmp_path)["config"]
     assert (config["seed"], config["guidance_scale"]) == (7, 2.5)
+    # Nor do the values of --quick override what the run began with.
     arguments = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
-    assert run(module, [*arguments, "--sampler=euler"]) == 0
+    assert run(module, ["--quick", *arguments, "--sampler=euler"]) == 0
     assert read(tmp_path)["config"] == config | {"sampler": "euler"}  # which may change
     assert steps(tmp_path) == {"autoencoder": 3, "decoder": 3, "diffusion": 6}
-
-
-def test_quick_run_resumes_with_the_flags_it_began_with(module, tiny_data_dir, tmp_path):
-    """--quick is a set of values; on resuming they must not override what the run began with."""
-    arguments = flags(module, tmp_path, tiny_data_dir, width=24)
-    assert interrupted_run(module, arguments, 8) == 130
-    arguments = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
-    assert run(module, ["--quick", *arguments]) == 0
-    assert steps(tmp_path) == STEPS
 
 
 def test_metrics_are_the_history(undisturbed):
