@@ -12,8 +12,8 @@ Heun's method, or the paper's stochastic sampler, under classifier-free guidance
 
 Papers: EDM (Karras et al. 2022, arXiv 2206.00364); the UNet with attention (Ho et al. 2020,
 2006.11239) and adaptive group normalisation (Dhariwal & Nichol 2021, 2105.05233); classifier-free
-guidance (Ho & Salimans 2022, 2207.12598); Muon, the optimizer of hidden matrices (Jordan et al.
-2024).
+guidance (Ho & Salimans 2022, 2207.12598), in an interval (Kynkäänniemi et al. 2024, 2404.07724);
+Muon, the optimizer of hidden matrices (Jordan et al. 2024).
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Config:
     s_tmin: float = option(0.05, "lowest sigma at which noise is added", 0.0, 1e3, resume="keep")
     s_tmax: float = option(50.0, "highest sigma at which noise is added", 0.0, 1e3, resume="keep")
     s_noise: float = option(1.003, "standard deviation of that noise", 0.0, 2.0, resume="keep")
-    guidance_scale: float = option(1.5, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    guidance_scale: float = option(3.0, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    guidance_low: float = option(0.25, "sigma where guidance ends", 0.0, 1e3, resume="keep")
+    guidance_high: float = option(3.0, "sigma where it begins", 0.0, 1e3, resume="keep")
 
 
 # ==================================================================================================
@@ -97,20 +99,23 @@ def edm_loss(
 
 
 def guided(
-    denoiser: nn.Module, classes: Tensor, guidance_scale: float
-) -> Callable[[Tensor, float], Tensor]:
+    denoiser: nn.Module, classes: Tensor, guidance_scale: float,
+    low: float = -math.inf, high: float = math.inf,
+) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
     """Returns f(x, t) = u + w (c - u), c the denoiser's output for class weights `classes` (B, 11)
     and u its output for none (Ho & Salimans 2022, Eq. 6, with w counted from the unconditional
-    model: 0 is that, 1 the conditional one)."""
+    model: 0 is that, 1 the conditional one). Where t is not in low ... high, w is 1 at most: under
+    strong noise guidance costs variety (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:
+        w = guidance_scale if low <= t <= high else min(guidance_scale, 1.0)
         times = torch.full((len(x),), t, device=x.device)
-        if guidance_scale in (0, 1):
-            return denoiser(x, times, classes if guidance_scale == 1 else null)
+        if w in (0, 1):
+            return denoiser(x, times, classes if w == 1 else null)
         both = denoiser(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([classes, null]))
         conditional, unconditional = both.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return unconditional + w * (conditional - unconditional)
 
     return guided_output
 
@@ -157,7 +162,8 @@ def sample(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """States and guesses, noise (B, 1, 28, 28) to images in [-1, 1], for class weights (B, 11)."""
     config = models.config
-    denoise = guided(models.diffusion, classes, config.guidance_scale)
+    interval = config.guidance_low, config.guidance_high
+    denoise = guided(models.diffusion, classes, config.guidance_scale, *interval)
     sigmas = noise_levels(steps or config.sampling_steps)
     if config.sampler == "heun" or fresh is None:
         return heun(denoise, noise, sigmas)

@@ -95,20 +95,23 @@ def rectified_flow_loss(
 
 
 def guided(
-    denoiser: nn.Module, classes: Tensor, guidance_scale: float
-) -> Callable[[Tensor, float], Tensor]:
+    denoiser: nn.Module, classes: Tensor, guidance_scale: float,
+    low: float = -math.inf, high: float = math.inf,
+) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
     """Returns f(x, t) = u + w (c - u), c the denoiser's output for class weights `classes` (B, 11)
     and u its output for none (Ho & Salimans 2022, Eq. 6, with w counted from the unconditional
-    model: 0 is that, 1 the conditional one)."""
+    model: 0 is that, 1 the conditional one). Where t is not in low ... high, w is 1 at most: under
+    strong noise guidance costs variety (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:
+        w = guidance_scale if low <= t <= high else min(guidance_scale, 1.0)
         times = torch.full((len(x),), t, device=x.device)
-        if guidance_scale in (0, 1):
-            return denoiser(x, times, classes if guidance_scale == 1 else null)
+        if w in (0, 1):
+            return denoiser(x, times, classes if w == 1 else null)
         both = denoiser(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([classes, null]))
         conditional, unconditional = both.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return unconditional + w * (conditional - unconditional)
 
     return guided_output
 
