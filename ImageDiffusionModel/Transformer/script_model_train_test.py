@@ -11,8 +11,9 @@ noise level dominates. Sampling takes some steps of DDIM under classifier-free g
 
 Papers: diffusion transformers (Peebles & Xie 2023, arXiv 2212.09748); the cosine schedule (Nichol &
 Dhariwal 2021, 2102.09672); v-prediction (Salimans & Ho 2022, 2202.00512); min-SNR weighting (Hang
-et al. 2023, 2303.09556); classifier-free guidance (Ho & Salimans 2022, 2207.12598); DDIM (Song et
-al. 2021, 2010.02502); Muon, the optimizer of hidden matrices (Jordan et al. 2024).
+et al. 2023, 2303.09556); classifier-free guidance (Ho & Salimans 2022, 2207.12598), in an interval
+(Kynkäänniemi et al. 2024, 2404.07724); DDIM (Song et al. 2021, 2010.02502); Muon, the optimizer of
+hidden matrices (Jordan et al. 2024).
 """
 
 from __future__ import annotations

@@ -463,10 +463,8 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 def save_noise_interpolation(models: Models, output: Path) -> None:
     """From the noise of ten samples to that of the next ten, which are of the same classes."""
-    weight, noise = (
-        torch.linspace(0, 1, 9, device=models.device),
-        noise_of_samples(models, range(20))(),
-    )
+    weight = torch.linspace(0, 1, 9, device=models.device)
+    noise = noise_of_samples(models, range(20))()
     arcs = torch.cat([slerp(a, b, weight) for a, b in zip(noise[:10], noise[10:])])
     classes = class_weights(labels_in_turn(10, models.device)).repeat_interleave(9, dim=0)
     images = decode_images(models, last_state(models, arcs, classes)).unflatten(0, (-1, 9))

@@ -12,8 +12,8 @@ guidance, and decodes the result.
 
 Papers: variational autoencoders (Kingma & Welling 2014, arXiv 1312.6114); latent diffusion (Rombach
 et al. 2022, 2112.10752); the cosine schedule (Nichol & Dhariwal 2021, 2102.09672); v-prediction
-(Salimans & Ho 2022, 2202.00512); classifier-free guidance (Ho & Salimans 2022, 2207.12598);
-DPM-Solver++ (Lu et al. 2022, 2211.01095).
+(Salimans & Ho 2022, 2202.00512); classifier-free guidance (Ho & Salimans 2022, 2207.12598) in an
+interval (Kynkäänniemi et al. 2024, 2404.07724); DPM-Solver++ (Lu et al. 2022, 2211.01095).
 """
 
 from __future__ import annotations
@@ -496,10 +496,8 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 def save_noise_interpolation(models: Models, output: Path) -> None:
     """From the noise of ten samples to that of the next ten, which are of the same classes."""
-    weight, noise = (
-        torch.linspace(0, 1, 9, device=models.device),
-        noise_of_samples(models, range(20))(),
-    )
+    weight = torch.linspace(0, 1, 9, device=models.device)
+    noise = noise_of_samples(models, range(20))()
     arcs = torch.cat([slerp(a, b, weight) for a, b in zip(noise[:10], noise[10:])])
     classes = class_weights(labels_in_turn(10, models.device)).repeat_interleave(9, dim=0)
     images = decode_images(models, last_state(models, arcs, classes)).unflatten(0, (-1, 9))
