@@ -54,11 +54,11 @@ class Config:
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
     ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples
-    sampling_steps: int = option(15, "steps of DDIM", 1, 1000, quick=10, resume="keep")
+    sampling_steps: int = option(20, "steps of DDIM", 1, 1000, quick=10, resume="keep")
     eta: float = option(0.0, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
-    guidance_scale: float = option(1.75, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
-    guidance_low: int = option(0, "t where guidance ends", 0, 1000, resume="keep")
-    guidance_high: int = option(1000, "t where it begins", 0, 1000, resume="keep")
+    guidance_scale: float = option(2.5, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    guidance_low: int = option(150, "t where guidance ends", 0, 1000, resume="keep")
+    guidance_high: int = option(790, "t where it begins", 0, 1000, resume="keep")
 
 
 # ==================================================================================================
