@@ -84,6 +84,14 @@ def torchs_own_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+INTERVALS = {  # of guidance
+    "ImageDiffusionModel/Transformer": (200, 700),
+    "ImageDiffusionModel/UNet": (0.5, 5.0),
+    "LatentDiffusionModel/v2": (200, 700),
+    "LatentDiffusionModel/v3": (200, 700),
+}
+
+
 def gaussian_models(experiment, module, **settings):
     """Models whose class k is N(k MEAN, COVARIANCE), the null class too; without classes, k = 1."""
     at, _, output = PROCESSES[experiment.name]
@@ -103,8 +111,8 @@ def test_trajectories_and_guesses_of_gaussian_data_are_the_true_ones(experiment,
     at, times_of, _ = PROCESSES[experiment.name]
     steps, label, null = 400, 3, module.NULL_CLASS
     guidance = {"guidance_scale": scale} if experiment.conditional else {}
-    if experiment.name.endswith("UNet"):
-        guidance |= {"guidance_low": 0.0, "guidance_high": 1000.0}
+    if experiment.name in INTERVALS:
+        guidance |= {"guidance_low": 0, "guidance_high": 1000}
     models = gaussian_models(experiment, module, **guidance)
     mean = (null + scale * (label - null) if experiment.conditional else 1) * MEAN
     times = times_of(steps)
@@ -123,6 +131,26 @@ def test_trajectories_and_guesses_of_gaussian_data_are_the_true_ones(experiment,
             matrix, offset = gaussian_flow(levels[0], level, mean)
             truth = first.flatten(1) @ matrix.T + offset
             torch.testing.assert_close(state.flatten(1), truth, rtol=0.01, atol=0.01 * null)
+
+
+@each_of("Transformer", "UNet", "v2", "v3")
+@pytest.mark.parametrize(("scale", "outside"), [(0.0, 0.0), (0.5, 0.5), (3.0, 1.0)])
+def test_guidance_goes_beyond_the_class_in_its_interval_alone(experiment, module, scale, outside):
+    """There the guesses are those of data around a mean beyond that of the class."""
+    at, times_of, _ = PROCESSES[experiment.name]
+    label, null, (low, high) = 3, module.NULL_CLASS, INTERVALS[experiment.name]
+    settings = {"guidance_scale": scale, "guidance_low": low, "guidance_high": high}
+    models = gaussian_models(experiment, module, **settings)
+    classes = module.class_weights(torch.full((5,), label))
+    noise = torch.randn(5, 4, 1, 1, dtype=torch.float64)
+    pairs, weights = list(module.sample(models, noise, classes, 20)), []
+    for (state, guess), t in zip(pairs[:-1], torch.from_numpy(times_of(20))):
+        flow = experiment.name.endswith("v3")  # its t is in 0 ... 1
+        weights.append(scale if low <= (1000 * t if flow else t) <= high else outside)
+        mean = (null + weights[-1] * (label - null)) * MEAN
+        truth, _ = gaussian_guesses(state, *(float(part) for part in at(t)), mean)
+        torch.testing.assert_close(guess, truth, rtol=1e-4, atol=1e-4)
+    assert {*weights} == {scale, outside} and weights[0] == weights[-1] == outside
 
 
 @every_script

@@ -203,7 +203,8 @@ def test_loss_is_the_weighted_mean_over_all_times(script, alpha_bars):
 def test_samples_of_an_exact_denoiser_stay_on_the_forward_process(
     script, alpha_bars, steps, guidance_scale
 ):
-    models = exact_models(script, guidance_scale=guidance_scale)
+    everywhere = {"guidance_low": 0, "guidance_high": 1000}
+    models = exact_models(script, guidance_scale=guidance_scale, **everywhere)
     noise, labels = torch.randn(10, 1, 28, 28, dtype=torch.float64), torch.arange(10)
     pairs = list(script.sample(models, noise, script.class_weights(labels), steps))
     assert torch.equal(pairs[0][0], noise)
@@ -234,7 +235,7 @@ def test_trajectories_are_those_of_diffusers(script, alpha_bars):
     )  # fmt: skip
     scheduler.alphas_cumprod = alpha_bars[1:]
     scheduler.set_timesteps(steps)
-    models = models_of(script, predict_v, guidance_scale=2.0)
+    models = models_of(script, predict_v, guidance_scale=2.0, guidance_low=0, guidance_high=1000)
     with torch.inference_mode():
         expected = [noise]
         for t in scheduler.timesteps:

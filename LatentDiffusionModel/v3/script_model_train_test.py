@@ -14,8 +14,8 @@ decodes the result.
 
 Papers: rectified flow (Liu et al. 2022, arXiv 2209.03003) with logit-normal times (Esser et al.
 2024, 2403.03206); latent diffusion (Rombach et al. 2022, 2112.10752) with a patch discriminator
-(Isola et al. 2017, 1611.07004); classifier-free guidance (Ho & Salimans 2022, 2207.12598); channel
-attention (Hu et al. 2018, 1709.01507).
+(Isola et al. 2017, 1611.07004); classifier-free guidance (Ho & Salimans 2022, 2207.12598) in an
+interval (Kynkäänniemi et al. 2024, 2404.07724); channel attention (Hu et al. 2018, 1709.01507).
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Config:
     # samples
     sampler: str = option("heun", "ODE solver", choices=("euler", "heun"), resume="keep")
     sampling_steps: int = option(6, "steps, Heun's of two evaluations", 1, 1000, resume="keep")
-    guidance_scale: float = option(1.75, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    guidance_scale: float = option(3.0, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    guidance_low: int = option(200, "t where guidance ends", 0, 1000, resume="keep")
+    guidance_high: int = option(750, "t where it begins", 0, 1000, resume="keep")
 
 
 # ==================================================================================================
@@ -141,7 +143,8 @@ def sample(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """States and guesses, noise (B, C, 7, 7) to latents, for class weights `classes` (B, 11)."""
     config = models.config
-    velocity = guided(models.diffusion, classes, config.guidance_scale)
+    interval = config.guidance_low / 1000, config.guidance_high / 1000
+    velocity = guided(models.diffusion, classes, config.guidance_scale, *interval)
     return integrate(velocity, noise, steps or config.sampling_steps, config.sampler)
 
 
