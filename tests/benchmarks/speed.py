@@ -390,9 +390,10 @@ class Sampler:
             "" if name == "ancestral" else f", {config.sampling_steps} steps"
         )  # it takes all there are
         eta = f", eta {config.eta:g}" if name == "ddim" and hasattr(config, "eta") else ""
-        guidance = (
-            f", guidance {config.guidance_scale:g}" if hasattr(config, "guidance_scale") else ""
-        )
+        guidance = ""
+        if hasattr(config, "guidance_scale"):
+            guidance = f", guidance {config.guidance_scale:g} "
+            guidance += f"from {config.guidance_high:g} to {config.guidance_low:g}"
         return name + steps + eta + guidance
 
 
