@@ -126,8 +126,8 @@ def guided(
 ) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
     """Returns f(x, t) = u + w (c - u), c the denoiser's output for class weights `classes` (B, 11)
     and u its output for none (Ho & Salimans 2022, Eq. 6, with w counted from the unconditional
-    model: 0 is that, 1 the conditional one). Where t is not in low ... high, w is 1 at most: under
-    strong noise guidance costs variety (Kynkäänniemi et al. 2024)."""
+    model: 0 is that, 1 the conditional one). For t outside low ... high, where guidance costs most
+    variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:

@@ -2,8 +2,7 @@
 
 Stage 1 trains a variational autoencoder that turns a 28x28 image into a Gaussian over small
 latents; stage 2 trains a class-conditional UNet to denoise such latents, by predicting v on a
-cosine schedule. Sampling takes a handful of steps of DPM-Solver++(2M) under classifier-free
-guidance, and decodes the result.
+cosine schedule. Samples take a dozen steps of DPM-Solver++(2M) under classifier-free guidance.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
@@ -117,8 +116,8 @@ def guided(
 ) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
     """Returns f(x, t) = u + w (c - u), c the denoiser's output for class weights `classes` (B, 11)
     and u its output for none (Ho & Salimans 2022, Eq. 6, with w counted from the unconditional
-    model: 0 is that, 1 the conditional one). Where t is not in low ... high, w is 1 at most: under
-    strong noise guidance costs variety (Kynkäänniemi et al. 2024)."""
+    model: 0 is that, 1 the conditional one). For t outside low ... high, where guidance costs most
+    variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:
