@@ -23,7 +23,7 @@ READMES = sorted(
     path
     for pattern in ("README.md", "*Model/**/README.md", "tests/**/README.md")
     for path in REPOSITORY.glob(pattern)
-    if "output" not in path.parts
+    if not {"output", ".pytest_cache"} & {*path.parts}
 )
 IGNORED_BY_GIT = {"data", "output"}
 
