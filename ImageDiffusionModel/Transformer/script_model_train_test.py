@@ -58,7 +58,7 @@ class Config:
     eta: float = option(0.0, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
     guidance_scale: float = option(2.5, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: int = option(150, "t where guidance ends", 0, 1000, resume="keep")
-    guidance_high: int = option(790, "t where it begins", 0, 1000, resume="keep")
+    guidance_high: int = option(790, "t where guidance begins", 0, 1000, resume="keep")
 
 
 # ==================================================================================================

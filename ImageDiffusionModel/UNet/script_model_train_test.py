@@ -61,7 +61,7 @@ class Config:
     s_noise: float = option(1.003, "standard deviation of that noise", 0.0, 2.0, resume="keep")
     guidance_scale: float = option(3.0, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: float = option(0.25, "sigma where guidance ends", 0.0, 1e3, resume="keep")
-    guidance_high: float = option(3.0, "sigma where it begins", 0.0, 1e3, resume="keep")
+    guidance_high: float = option(3.0, "sigma where guidance begins", 0.0, 1e3, resume="keep")
 
 
 # ==================================================================================================

@@ -61,7 +61,7 @@ class Config:
     sampling_steps: int = option(12, "steps of DPM-Solver++(2M)", 1, 1000, resume="keep")
     guidance_scale: float = option(3.0, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: int = option(150, "t where guidance ends", 0, 1000, resume="keep")
-    guidance_high: int = option(800, "t where it begins", 0, 1000, resume="keep")
+    guidance_high: int = option(800, "t where guidance begins", 0, 1000, resume="keep")
 
 
 # ==================================================================================================
