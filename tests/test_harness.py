@@ -13,6 +13,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from conftest import load_script, run_script
 from script_runs import (
@@ -170,14 +171,30 @@ def test_average_follows_the_network_and_is_what_is_validated(
     monkeypatch.setattr(module, "train_step", train_step)
     assert run(module, flags(module, tmp_path, tiny_data_dir)) == 0
     average = weights[0]
-    for each in weights[1:]:
-        average = 0.9 * average + 0.1 * each
+    for step, each in enumerate(weights[1:], 1):
+        average = torch.lerp(average, each, max(0.1, 10 / (10 + step)))
     models = module.load_trained(tmp_path, device="cpu")
     torch.testing.assert_close(models.diffusion.decode.bias, average)
     data = module.load_fashion_mnist(module.Settings(data_dir=str(tiny_data_dir)), CPU)
     held_out = data.validation_images, data.validation_labels
     [loss] = module.validation_losses(module.loss, models.diffusion, held_out).values()
     assert models.history[-1]["validation_loss"] == pytest.approx(loss)
+
+
+def test_average_forgets_its_beginnings_and_lags_as_far_as_the_decay_says(module):
+    """Of weights that grow by 1 a step. Until the decay counts, the n-th of them has the weight
+    (n + 9) over 9 of Pascal's triangle, whose sums are known: the mean is 10 n / 11."""
+    network = nn.Linear(1, 1).requires_grad_(False)
+    average = AveragedModel(network)
+    plan = {"epochs": 1, "batch_size": 1, "rates": {"adamw": 0.1, "muon": 0.0}, "ema_decay": 0.9}
+    stage = module.Stage("diffusion", network, average, None, 400, **plan)
+    for step in range(400):
+        network.weight.fill_(step)
+        stage.step = step
+        stage.update_average()
+        if step <= 90:
+            assert average.module.weight.item() == pytest.approx(10 * step / 11, rel=1e-5)
+    assert average.module.weight.item() == pytest.approx(399 - 9, rel=1e-5)
 
 
 def test_validation_loss_is_that_of_the_whole_set_with_the_same_noise(module):

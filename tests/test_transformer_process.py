@@ -1,10 +1,10 @@
-"""The transformer of ImageDiffusionModel/Transformer, its loss and its use of DDIM, against
+"""The transformer of ImageDiffusionModel/Transformer, its loss and its samplers, against
 formulas and diffusers.
 
 A class whose images are all the same image m has the exact denoiser
 v = (sqrt(alpha_bar) x - m) / sqrt(1 - alpha_bar): it sees x_0 = m in every state, and the noise
-that the state was made with. DDIM then stays on x_t = sqrt(alpha_bar) m + sqrt(1 - alpha_bar)
-noise, in any number of steps.
+that the state was made with. Both samplers then stay on x_t = sqrt(alpha_bar) m +
+sqrt(1 - alpha_bar) noise, in any number of steps.
 """
 
 import diffusers
@@ -200,11 +200,12 @@ def test_loss_is_the_weighted_mean_over_all_times(script, alpha_bars):
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 1.5])
 @pytest.mark.parametrize("steps", [1, 7, 25])
+@pytest.mark.parametrize("sampler", ["dpm", "ddim"])
 def test_samples_of_an_exact_denoiser_stay_on_the_forward_process(
-    script, alpha_bars, steps, guidance_scale
+    script, alpha_bars, sampler, steps, guidance_scale
 ):
     everywhere = {"guidance_low": 0, "guidance_high": 1000}
-    models = exact_models(script, guidance_scale=guidance_scale, **everywhere)
+    models = exact_models(script, sampler=sampler, guidance_scale=guidance_scale, **everywhere)
     noise, labels = torch.randn(10, 1, 28, 28, dtype=torch.float64), torch.arange(10)
     pairs = list(script.sample(models, noise, script.class_weights(labels), steps))
     assert torch.equal(pairs[0][0], noise)
@@ -235,7 +236,8 @@ def test_trajectories_are_those_of_diffusers(script, alpha_bars):
     )  # fmt: skip
     scheduler.alphas_cumprod = alpha_bars[1:]
     scheduler.set_timesteps(steps)
-    models = models_of(script, predict_v, guidance_scale=2.0, guidance_low=0, guidance_high=1000)
+    everywhere = {"guidance_scale": 2.0, "guidance_low": 0, "guidance_high": 1000}
+    models = models_of(script, predict_v, sampler="ddim", **everywhere)
     with torch.inference_mode():
         expected = [noise]
         for t in scheduler.timesteps:
@@ -255,7 +257,7 @@ def test_as_much_fresh_noise_is_added_as_the_settings_say(script, alpha_bars):
     a = alpha_bars[[1000, 500]]
     old = (noise - a[0].sqrt() * MEANS[0]) / (1 - a[0]).sqrt()
     for eta in (0.0, 0.4, 1.0):
-        models = exact_models(script, eta=eta, guidance_scale=1.0)
+        models = exact_models(script, sampler="ddim", eta=eta, guidance_scale=1.0)
         state = states_of(script.sample(models, noise, classes, 2, lambda: drawn))[1]
         sigma = eta * ((1 - a[1]) / (1 - a[0]) * (1 - a[0] / a[1])).sqrt()
         truth = a[1].sqrt() * MEANS[0] + (1 - a[1] - sigma**2).clamp(min=0).sqrt() * old

@@ -10,7 +10,7 @@ do without fresh noise: a figure shows the same noise through both.
     python script_model_train_test.py --sample-only --export-samples 10000
 
 Papers: DDPM (Ho et al. 2020, arXiv 2006.11239); DDIM (Song et al. 2021, 2010.02502); residual nets
-(He et al. 2016, 1512.03385).
+(He et al. 2016, 1512.03385); Muon, the optimizer of hidden matrices (Jordan et al. 2024).
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=Non
 class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
-    epochs: int = option(14, "epochs", 1, 100_000, gpu=180, quick=2, resume="keep")
-    batch_size: int = option(16, "images a step", 1, 4096, gpu=256)
-    learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
+    epochs: int = option(12, "epochs", 1, 100_000, gpu=180, quick=2, resume="keep")
+    batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
+    learning_rate: float = option(2e-3, "peak of AdamW", 1e-8, 1.0)
+    muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
     width: int = option(48, "channels at 14x14; twice that at 7x7", 8, 512, multiple=8, quick=16)
     blocks: int = option(4, "residual blocks at 7x7", 1, 100, quick=2)
     ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
@@ -272,6 +273,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         epochs=run.config.epochs,
         batch_size=run.config.batch_size,
         learning_rate=run.config.learning_rate,
+        muon_learning_rate=run.config.muon_learning_rate,
     )
 
 
@@ -1014,8 +1016,9 @@ class Stage:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """The exponential moving average of the weights; at the first step they are copied."""
-        share = 1 - self.ema_decay if self.step else 1.0
+        """The exponential moving average of the weights, over a tenth of the steps so far while
+        that is shorter (as the code of Karras et al. 2022 does), to forget its beginnings."""
+        share = max(1 - self.ema_decay, 10 / (10 + self.step))
         torch._foreach_lerp_(self.averaged_weights, self.weights, share)
 
     def state(self) -> dict:

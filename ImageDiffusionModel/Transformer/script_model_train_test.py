@@ -2,7 +2,7 @@
 
 A transformer sees the noisy 28x28 image as a sequence of patches; time and class reach it through
 adaptive layer norms (adaLN-Zero). It learns to predict v on a cosine schedule, with a loss that no
-noise level dominates. Sampling takes some steps of DDIM under classifier-free guidance.
+noise level dominates. Sampling takes some steps of DPM-Solver++(2M), or of DDIM, under guidance.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
@@ -12,8 +12,8 @@ noise level dominates. Sampling takes some steps of DDIM under classifier-free g
 Papers: diffusion transformers (Peebles & Xie 2023, arXiv 2212.09748); the cosine schedule (Nichol &
 Dhariwal 2021, 2102.09672); v-prediction (Salimans & Ho 2022, 2202.00512); min-SNR weighting (Hang
 et al. 2023, 2303.09556); classifier-free guidance (Ho & Salimans 2022, 2207.12598), in an interval
-(Kynkäänniemi et al. 2024, 2404.07724); DDIM (Song et al. 2021, 2010.02502); Muon, the optimizer of
-hidden matrices (Jordan et al. 2024).
+(Kynkäänniemi et al. 2024, 2404.07724); DPM-Solver++ (Lu et al. 2022, 2211.01095); DDIM (Song et al.
+2021, 2010.02502); Muon, the optimizer of hidden matrices (Jordan et al. 2024).
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class Config:
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
     ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples
-    sampling_steps: int = option(20, "steps of DDIM", 1, 1000, quick=10, resume="keep")
+    sampler: str = option(
+        "dpm", "DPM-Solver++(2M), or DDIM", choices=("dpm", "ddim"), resume="keep"
+    )
+    sampling_steps: int = option(26, "steps", 1, 1000, quick=10, resume="keep")
     eta: float = option(0.0, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
     guidance_scale: float = option(2.5, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: int = option(150, "t where guidance ends", 0, 1000, resume="keep")
@@ -165,6 +168,37 @@ def ddim(
     yield x, x
 
 
+def dpm_solver_2m(
+    predict_x0: Callable[[Tensor, int], Tensor], noise: Tensor, alpha_bars: list[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, one evaluation per step.
+
+    Yields the states, noise first, and their guesses. The first step, and one to data, are of first
+    order.
+
+    Args:
+        predict_x0: (x, i) to x_0 as the model sees it from the state x at alpha_bars[i].
+        noise: the state at alpha_bars[0], (B, C, H, W).
+        alpha_bars: rising, one more than there are steps; the last one may be 1, which is data.
+    """
+    x, x0_before, h_before = noise, None, None
+    alphas, sigmas = [a**0.5 for a in alpha_bars], [(1 - a) ** 0.5 for a in alpha_bars]
+    for i in range(len(alpha_bars) - 1):
+        x0 = predict_x0(x, i)
+        yield x, x0
+        if sigmas[i + 1] == 0:  # the limit of infinite log-SNR
+            x = alphas[i + 1] * x0
+            break
+        h = math.log(alphas[i + 1] / sigmas[i + 1]) - math.log(alphas[i] / sigmas[i])
+        d = x0
+        if i > 0:
+            r = h_before / h
+            d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
+        x = sigmas[i + 1] / sigmas[i] * x - alphas[i + 1] * math.expm1(-h) * d
+        x0_before, h_before = x0, h
+    yield x, x
+
+
 def sampling_times(steps: int) -> list[int]:
     """steps + 1 times from T to 0, as evenly spaced as whole numbers can be."""
     times = torch.linspace(TIMESTEPS, 0, steps + 1, dtype=torch.float64)
@@ -185,6 +219,8 @@ def sample(
         v = predict_v(x, times[i])
         return x0_of_v(x, v, alpha_bars[i]), noise_of_v(x, v, alpha_bars[i])
 
+    if config.sampler == "dpm":
+        return dpm_solver_2m(lambda x, i: predict(x, i)[0], noise, alpha_bars)
     return ddim(predict, noise, alpha_bars, config.eta if fresh else 0.0, fresh)
 
 
@@ -1070,8 +1106,9 @@ class Stage:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """The exponential moving average of the weights; at the first step they are copied."""
-        share = 1 - self.ema_decay if self.step else 1.0
+        """The exponential moving average of the weights, over a tenth of the steps so far while
+        that is shorter (as the code of Karras et al. 2022 does), to forget its beginnings."""
+        share = max(1 - self.ema_decay, 10 / (10 + self.step))
         torch._foreach_lerp_(self.averaged_weights, self.weights, share)
 
     def state(self) -> dict:

@@ -1068,8 +1068,9 @@ class Stage:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """The exponential moving average of the weights; at the first step they are copied."""
-        share = 1 - self.ema_decay if self.step else 1.0
+        """The exponential moving average of the weights, over a tenth of the steps so far while
+        that is shorter (as the code of Karras et al. 2022 does), to forget its beginnings."""
+        share = max(1 - self.ema_decay, 10 / (10 + self.step))
         torch._foreach_lerp_(self.averaged_weights, self.weights, share)
 
     def state(self) -> dict:

@@ -45,19 +45,20 @@ class Config:
     # stage 1: the autoencoder
     autoencoder_epochs: int = option(2, "epochs", 1, 10_000, gpu=30, quick=1, resume="keep")
     autoencoder_batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
-    autoencoder_learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
+    autoencoder_learning_rate: float = option(2e-3, "peak of AdamW", 1e-8, 1.0)
+    autoencoder_muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
     autoencoder_width: int = option(32, "channels at 14x14", 8, 512, multiple=8, quick=8)
     latent_channels: int = option(4, "channels of the 7x7 latent", 1, 64)
     kl_weight: float = option(0.1, "weight of the KL divergence, in the ELBO 1", 0.0, 100.0)
     # stage 2: the diffusion
-    epochs: int = option(11, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
+    epochs: int = option(9, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
     ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples
     sampling_steps: int = option(36, "steps of DDIM", 1, 1000, resume="keep")
-    eta: float = option(1.0, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
+    eta: float = option(0.5, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
 
 
 # ==================================================================================================
@@ -366,6 +367,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         epochs=config.autoencoder_epochs,
         batch_size=config.autoencoder_batch_size,
         learning_rate=config.autoencoder_learning_rate,
+        muon_learning_rate=config.autoencoder_muon_learning_rate,
         after_epoch=partial(save_reconstructions, models, data, run.output),
     )
     posteriors = once(autoencoder.posterior, data.train_images)
@@ -431,8 +433,7 @@ def save_reconstructions(models: Models, data: Data, output: Path, epoch: int = 
     error = (real.int() - made.int()).abs()
     shown = real, made, (2 * error).clamp(max=255).to(torch.uint8)
     grid = torch.stack([part.unflatten(0, (2, -1)) for part in shown], dim=1).flatten(0, 1)
-    title = f"Reconstructions of {len(real)} validation images: mean absolute error "
-    title += f"{error.float().mean() / 255:.3f} of 1"
+    title = f"Reconstructions: mean absolute error {error.float().mean() / 255:.3f} of 1"
     names = [name.replace(" ", "\n").replace("/", "/\n") for name in CLASS_NAMES]
     rows = ["image", "reconstruction", "error x 2"] * 2
     file = f"reconstruction_epoch_{epoch}.png" if epoch else "reconstruction.png"
@@ -1206,8 +1207,9 @@ class Stage:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """The exponential moving average of the weights; at the first step they are copied."""
-        share = 1 - self.ema_decay if self.step else 1.0
+        """The exponential moving average of the weights, over a tenth of the steps so far while
+        that is shorter (as the code of Karras et al. 2022 does), to forget its beginnings."""
+        share = max(1 - self.ema_decay, 10 / (10 + self.step))
         torch._foreach_lerp_(self.averaged_weights, self.weights, share)
 
     def state(self) -> dict:

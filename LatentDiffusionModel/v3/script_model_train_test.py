@@ -48,17 +48,18 @@ class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
     # stages 1 and 2: the autoencoder, then its decoder against the discriminator
-    autoencoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=30, quick=1, resume="keep")
-    decoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=30, quick=1, resume="keep")
+    autoencoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=8, quick=1, resume="keep")
+    decoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=8, quick=1, resume="keep")
     autoencoder_batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
-    autoencoder_learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
+    autoencoder_learning_rate: float = option(2e-3, "peak of AdamW", 1e-8, 1.0)
+    autoencoder_muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
     autoencoder_width: int = option(32, "channels at 14x14", 8, 512, multiple=8, quick=8)
     latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
     latent_noise: float = option(0.2, "noise on the latents, whose own std is 1", 0.0, 1.0)
     discriminator_width: int = option(64, "channels", 8, 512, multiple=8, quick=8)
     adversarial_weight: float = option(0.05, "weight of realism beside error", 0.0, 100.0)
     # stage 3: the diffusion
-    epochs: int = option(8, "epochs of stage 3", 1, 100_000, gpu=300, quick=2, resume="keep")
+    epochs: int = option(8, "epochs of stage 3", 1, 100_000, gpu=200, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
@@ -67,7 +68,7 @@ class Config:
     # samples
     sampler: str = option("heun", "ODE solver", choices=("euler", "heun"), resume="keep")
     sampling_steps: int = option(6, "steps, Heun's of two evaluations", 1, 1000, resume="keep")
-    guidance_scale: float = option(3.0, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    guidance_scale: float = option(3.5, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: int = option(200, "t where guidance ends", 0, 1000, resume="keep")
     guidance_high: int = option(750, "t where guidance begins", 0, 1000, resume="keep")
 
@@ -403,6 +404,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         (data.train_images,),
         (data.validation_images,),
         epochs=config.autoencoder_epochs,
+        muon_learning_rate=config.autoencoder_muon_learning_rate,
         **rates,
     )
     raw = once(autoencoder.raw_encode, data.train_images)
@@ -476,8 +478,7 @@ def save_reconstructions(models: Models, data: Data, output: Path, epoch: int = 
     error = (real.int() - made.int()).abs()
     shown = real, made, (2 * error).clamp(max=255).to(torch.uint8)
     grid = torch.stack([part.unflatten(0, (2, -1)) for part in shown], dim=1).flatten(0, 1)
-    title = f"Reconstructions of {len(real)} validation images: mean absolute error "
-    title += f"{error.float().mean() / 255:.3f} of 1"
+    title = f"Reconstructions: mean absolute error {error.float().mean() / 255:.3f} of 1"
     names = [name.replace(" ", "\n").replace("/", "/\n") for name in CLASS_NAMES]
     rows = ["image", "reconstruction", "error x 2"] * 2
     file = f"reconstruction_epoch_{epoch}.png" if epoch else "reconstruction.png"
@@ -1253,8 +1254,9 @@ class Stage:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """The exponential moving average of the weights; at the first step they are copied."""
-        share = 1 - self.ema_decay if self.step else 1.0
+        """The exponential moving average of the weights, over a tenth of the steps so far while
+        that is shorter (as the code of Karras et al. 2022 does), to forget its beginnings."""
+        share = max(1 - self.ema_decay, 10 / (10 + self.step))
         torch._foreach_lerp_(self.averaged_weights, self.weights, share)
 
     def state(self) -> dict:
