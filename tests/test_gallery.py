@@ -162,6 +162,5 @@ def test_command_line_says_what_is_missing(tmp_path, refused):
 
 
 def test_committed_galleries_are_within_the_limit():
-    limit = 4 * 2**20  # under which they were made; gallery.LIMIT is that of the next ones
     for folder in REPOSITORY.glob("*/*/gallery"):
-        assert sum(path.stat().st_size for path in Path(folder).iterdir()) <= limit, folder
+        assert sum(path.stat().st_size for path in Path(folder).iterdir()) <= gallery.LIMIT, folder
