@@ -333,6 +333,17 @@ def test_loss_curves_draw_each_part_of_a_loss_apart(script_v3, monkeypatch, tmp_
     assert Image.open(tmp_path / "loss_curves.png").width > 1000
 
 
+def test_loss_curves_count_epochs_in_whole_numbers_even_where_there_is_one(
+    script_v3, monkeypatch, tmp_path
+):
+    figures = watch(monkeypatch, script_v3, "save_figure")
+    history = [dict(row) for row in HISTORY if row["epoch"] == 1]
+    script_v3.save_loss_curves(history, tmp_path / "loss_curves.png")
+    for axes in figures[0].figure.axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+
+
 # The grids
 
 

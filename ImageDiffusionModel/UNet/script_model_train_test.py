@@ -1491,7 +1491,7 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
             axes.plot(epochs, curve, "o-", markersize=3, label=name)
         width = epochs[0] - 0.5, epochs[-1] + 0.5  # so that one epoch has a whole number too
         axes.set(title=stage, xlabel="epoch", ylabel=part, xlim=width)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend()
     save_figure(figure, path)
