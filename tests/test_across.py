@@ -1,4 +1,4 @@
-"""across.py: its figures show what the scripts compute, are 840 pixels wide, and can be read."""
+"""across.py: its figures show what the scripts compute, suit a page of 840 pixels, can be read."""
 
 import itertools
 import json
@@ -21,19 +21,19 @@ WIDEST = {"percent_of_blur": 9.44, "swd_percent_of_blur": 9.44}  # of the scores
 
 
 def pasted(figure):
-    """The images in a figure with the rows and columns that they cover: (RGB, top, left), in
-    reading order, those first that are higher by more than a few pixels."""
-    places = []
+    """The images in a figure with the rows and columns of the file that they cover: (RGB, top,
+    left), in reading order, those first that are higher by more than a few pixels."""
+    places, height = [], 2 * across.pixels(figure)
     for image in figure.images:
         array = image.get_array()
-        places.append((array, across.pixels(figure) - int(image.oy) - len(array), int(image.ox)))
+        places.append((array, height - int(image.oy) - len(array), int(image.ox)))
     return sorted(places, key=lambda place: (round(place[1] / 8), place[2]))
 
 
 def check(figure, tmp_path):
     """What is true of each figure: no text is small, cut off, or on another one or on an image; the
-    file is as wide as it must be and has the images' very pixels."""
-    height, boxes = across.pixels(figure), {}
+    file has two pixels for each of the page's 840, and the images' very pixels."""
+    width, height, boxes = 1680, 2 * across.pixels(figure), {}
     texts = [*figure.texts]
     for axes in figure.axes:
         texts += [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label]
@@ -43,14 +43,14 @@ def check(figure, tmp_path):
         box = text.get_window_extent()
         boxes[number, text.get_text()] = box.x0, height - box.y1, box.x1, height - box.y0
     with Image.open(tmp_path / "folder" / "figure.png") as picture:
-        assert picture.size == (840, height)
+        assert picture.size == (width, height)
         picture = np.asarray(picture.convert("RGB"))
     for number, (array, top, left) in enumerate(pasted(figure)):
         bottom, right = top + array.shape[0], left + array.shape[1]
         assert np.array_equal(picture[top:bottom, left:right], array)
         boxes[number, "image"] = left, top, right, bottom
     for name, (left, top, right, bottom) in boxes.items():
-        assert left >= 0 and top >= 0 and right <= 840 and bottom <= height, name
+        assert left >= 0 and top >= 0 and right <= width and bottom <= height, name
     for (name, one), (other, two) in itertools.combinations(boxes.items(), 2):
         apart = one[0] >= two[2] or two[0] >= one[2] or one[1] >= two[3] or two[1] >= one[3]
         assert apart, (name, other)
@@ -95,8 +95,8 @@ def test_ladder_shows_each_state_and_guess(tmp_path):
     places = pasted(figure)
     for number, trajectory in enumerate(images):
         states, guesses = trajectory
-        expected = [(state, 2) for state in states] + [(states[-1], 4)]
-        expected += [(guess, 2) for guess in guesses]
+        expected = [(state, 3) for state in states] + [(states[-1], 6)]
+        expected += [(guess, 3) for guess in guesses]
         found = [array for array, _, _ in places[23 * number : 23 * (number + 1)]]
         for array, (image, factor) in zip(found, expected, strict=True):
             assert np.array_equal(array, enlarged(image, factor))
@@ -187,8 +187,8 @@ def test_schedules_show_pictures_and_curves_on_one_axis_of_time(tmp_path):
         np.testing.assert_array_equal(line.get_ydata(), across.log_snr(scripts[version]))
         curve = axes.transData.transform(line.get_xydata()[1:-1])
         assert not any(box.contains(*point) for point in curve), name
-        assert np.array_equal(places[9 * row][0], enlarged(boot, 3))
-    middles = [left + 42 for _, _, left in places[:9]]
+        assert np.array_equal(places[9 * row][0], enlarged(boot, 6))
+    middles = [left + 84 for _, _, left in places[:9]]
     times = axes.transData.inverted().transform([(x, 0) for x in middles])[:, 0]
     np.testing.assert_allclose(times, np.linspace(0, 1000, 9), atol=1.5)
 
@@ -302,7 +302,7 @@ def test_learning_shows_a_column_an_epoch(epochs, classes, tmp_path):
             array, _, left = places[row * columns + column]
             assert np.array_equal(array, enlarged(image, factor))
             heading = figure.texts[texts.index([*map(str, rows), "real"][column])]
-            assert abs(left + 14 * factor - 840 * heading.get_position()[0]) <= 1
+            assert abs(left + 14 * factor - 1680 * heading.get_position()[0]) <= 2
     for epoch, row in rows.items():
         place = texts.index(str(epoch))
         scores = [f"{row[key]:.0f}%" for key in keys]

@@ -1,4 +1,4 @@
-"""Draw the figures that compare versions: 840 pixels wide, as GitHub shows a README.
+"""Draw the figures that compare versions: for a README 840 pixels wide, at double density.
 
     python tests/benchmarks/across.py ladder       noise to image in each version's finished run
     python tests/benchmarks/across.py schedules    a real boot on its way to noise; needs no run
@@ -29,17 +29,18 @@ import quality
 import speed
 from time_to_quality import thin
 
-WIDTH = 840  # pixels
-DPI = 100
+WIDTH = 840  # pixels of the page, in which all sizes below are given
+DENSITY = 2  # pixels of the file for one of the page: a phone shows the small pictures sharp
+DPI = 100  # pixels of the page an inch
 BOARD = Path(__file__).with_name("leaderboard.json")
 
 IDEAS = {  # in the order in which the scripts are to be read
-    "ImageDiffusionModel/CNN": "DDPM on pixels: predicts the noise",
-    "LatentDiffusionModel/v1": "the same on an autoencoder's latents",
-    "LatentDiffusionModel/v2": "classes, cosine schedule, predicts v",
-    "ImageDiffusionModel/Transformer": "on pixels again: patches attend",
-    "ImageDiffusionModel/UNet": "EDM: noise levels σ, Heun's steps",
-    "LatentDiffusionModel/v3": "rectified flow: straight paths",
+    "ImageDiffusionModel/CNN": "DDPM on pixels:\npredicts the noise",
+    "LatentDiffusionModel/v1": "the same on latents\nof an autoencoder",
+    "LatentDiffusionModel/v2": "classes, cosine\nschedule, predicts v",
+    "ImageDiffusionModel/Transformer": "on pixels again:\npatches attend",
+    "ImageDiffusionModel/UNet": "EDM: noise levels σ,\nHeun's steps",
+    "LatentDiffusionModel/v3": "rectified flow:\nstraight paths",
 }
 BOOT = 9  # label of Ankle boot; so sample 9 is the first one where there are classes
 LADDER_STEPS = 10
@@ -66,7 +67,7 @@ DEFAULT_VERSION = "LatentDiffusionModel/v3"
 
 def blank(height):
     """A figure of ``WIDTH`` by ``height`` pixels."""
-    return Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI)
+    return Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI * DENSITY)
 
 
 def pixels(figure):
@@ -84,15 +85,17 @@ def write(figure, text, left, top, size=20, **style):
 
 def paste(figure, image, left, top, factor):
     """Put a uint8 image (28, 28), each pixel a square of ``factor`` pixels, at this corner."""
-    large = np.asarray(image).repeat(factor, axis=0).repeat(factor, axis=1)
-    bottom = pixels(figure) - top - len(large)
-    figure.figimage(large[:, :, None].repeat(3, axis=2), left, bottom, origin="upper")
+    large = np.asarray(image)
+    for axis in (0, 1):
+        large = large.repeat(round(factor * DENSITY), axis)
+    place = left * DENSITY, (pixels(figure) - top) * DENSITY - len(large)
+    figure.figimage(large[:, :, None].repeat(3, axis=2), *place, origin="upper")
 
 
 def save(figure, path):
     """Write a figure as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=DPI * DENSITY, pil_kwargs={"optimize": True})
     print(path)
 
 
@@ -139,22 +142,21 @@ def is_scored(output, row):
 def draw_ladder(trajectories, rows):
     """The figure of {version: images as of ``read_trajectory``} and {version: row of the
     leaderboard}, from top to bottom in the order of the former."""
-    factor, gap, left, above, group = 2, 2, 72, 76, 166
-    tile = 28 * factor + gap
-    figure = blank(above + group * len(trajectories) + 62)
+    factor, gap, labels, left, above, group = 1.5, 2, 208, 266, 78, 116
+    tile = round(28 * factor) + gap
+    figure = blank(above + group * len(trajectories) + 56)
     write(figure, "From noise to image", 4, 6, 24, weight="bold")
     write(figure, "ten steps without fresh noise; where there are classes, to a boot", 4, 40)
     for top, (version, images) in zip(range(above, above + 10**6, group), trajectories.items()):
-        write(figure, version.split("/")[1], 4, top + 4, 22, weight="bold")
-        write(figure, IDEAS[version], 172, top + 5)
-        score = scores_in_words(rows.get(version, {}))
-        write(figure, score, WIDTH - 4, top + 5, ha="right")
+        write(figure, version.split("/")[1], 4, top, 22, weight="bold")
+        write(figure, IDEAS[version], 4, top + 28, 18)
+        write(figure, scores_in_words(rows.get(version, {})), 4, top + 78, 18)
         for line, name in enumerate(("state", "guess")):
-            row = top + 34 + line * tile
-            write(figure, name, 4, row + 28, va="center")
+            row = top + 4 + line * tile
+            write(figure, name, labels, row + tile // 2, 18, va="center")
             for column, image in enumerate(images[line]):
                 paste(figure, image, left + column * tile, row, factor)
-        paste(figure, images[0, -1], WIDTH - 4 - 28 * 4, top + 35, 4)
+        paste(figure, images[0, -1], WIDTH - 4 - 84, top + 5, 3)
     bottom = pixels(figure)
     text = "guess: the image that the model expects.  States of v1, v2, v3: decoded latents."
     write(figure, text, 4, bottom - 56)
