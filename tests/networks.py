@@ -75,9 +75,11 @@ class Denoiser(nn.Module):
         return self.function(*inputs)
 
 
-def models_of(script, function, **settings):
-    """Models of a script whose denoiser is a function."""
-    return script.Models({"diffusion": Denoiser(function)}, script.Settings(**settings), [])
+def models_of(script, function, guide=None, **settings):
+    """Models of a script whose denoiser is a function, and whose guide is another, by default the
+    same, with which guidance changes nothing."""
+    networks = {"diffusion": Denoiser(function), "guide": Denoiser(guide or function)}
+    return script.Models(networks, script.Settings(**settings), [])
 
 
 def tiny_models(script, size=0.05, **settings):

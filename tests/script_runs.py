@@ -22,7 +22,8 @@ from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 SCRIPT_V3 = REPOSITORY / "LatentDiffusionModel" / "v3" / "script_model_train_test.py"
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker"]
 CLASSES += ["Bag", "Ankle boot"]
-STEPS = {"autoencoder": 6, "decoder": 6, "diffusion": 9}  # of the stages of a tiny run
+STEPS = {"autoencoder": 6, "decoder": 6, "diffusion": 9}  # of the stages of v3's tiny run
+ALL_STEPS = STEPS | {"guide": 6}  # and of those that others have
 OWN_FIGURES = {  # that neither the family nor conditions imply
     "ImageDiffusionModel/CNN": ["samplers"],
     "ImageDiffusionModel/UNet": ["nearest_neighbours"],
@@ -56,9 +57,9 @@ class Experiment:
     def stages(self):
         return re.findall(r'run\.train\(\s*"(\w+)"', self.path.read_text(encoding="utf-8"))
 
-    def figures(self, epoch, earlier_epoch=0):
+    def figures(self, epoch, images_epoch=0):
         """Paths of all figures of a run that has ended after so many epochs of its last stage, and
-        of the one before it."""
+        of the last one that draws reconstructions."""
         subjects = CLASSES if self.conditional else [f"sample {number}" for number in range(10)]
         subjects = [re.sub("[/ ]", "-", subject) for subject in subjects]
         paths = [f"diffusion_animation/diffusion_animation_class_{name}" for name in subjects]
@@ -69,7 +70,7 @@ class Experiment:
         if self.latent:
             own += ["latent_space/latent_space", "interpolation/noises"]
             own += ["interpolation/classes"] if self.conditional else []
-            done = range(1, earlier_epoch + 1)
+            done = range(1, images_epoch + 1)
             paths += [f"reconstruction/reconstruction_epoch_{number}.png" for number in done]
             paths += ["reconstruction/reconstruction.png"]
         paths += [f"{path}_epoch_{epoch}.png" for path in own] + ["loss_curves.png"]
@@ -109,8 +110,8 @@ def load_without_figures(path=SCRIPT_V3):
 
 
 def tiny_settings(config_class):
-    """What a tiny run has beside a script's own --quick: 2 epochs of 3 steps for an autoencoder and
-    for its decoder, 3 of 3 for the diffusion."""
+    """What a tiny run has beside a script's own --quick: 3 epochs of 3 steps for the diffusion, 2
+    of 3 for each other stage."""
     values = {"train_images": 48}
     for field in dataclasses.fields(config_class):
         if field.name.endswith("batch_size"):

@@ -1,6 +1,8 @@
 """The denoisers, the process and the samplers of ImageDiffusionModel/CNN and
 LatentDiffusionModel/v1 against diffusers, numpy and the Gaussian of networks.py."""
 
+import itertools
+
 import diffusers
 import numpy as np
 import pytest
@@ -190,6 +192,54 @@ def test_samples_and_guesses_are_those_of_diffusers(cnn, v1, alpha_bars, kind, s
                 assert (found - other).norm() <= 1e-5 * other.norm()
 
 
+def test_guidance_follows_the_denoisers_density_over_the_guides(cnn, v1, alpha_bars):
+    """The noise is -sqrt(1 - alpha_bar) times the gradient of ln p_d^w / p_g^(w - 1)."""
+    x = torch.randn(5, 4, 1, 1, dtype=torch.float64)
+    everywhere = {"guidance_low": 0, "guidance_high": 1000}
+    kinds = {"d": (MEAN, EIGENVALUES), "g": (MEAN / 2, 3 * EIGENVALUES)}
+
+    def log_density(kind, x, a):
+        mean, variances = kinds[kind]
+        state = torch.distributions.Normal(a**0.5 * mean, (a * variances + 1 - a).sqrt())
+        return state.log_prob(x.flatten(1)).sum()
+
+    def noise(kind):
+        def predict(x, t):
+            a = alpha_bars[t].view(-1, 1)
+            mean, variances = kinds[kind]
+            rest = (x.flatten(1) - a**0.5 * mean) / (a * variances + 1 - a)
+            return ((1 - a).sqrt() * rest)[:, :, None, None]
+
+        return predict
+
+    for script, w, t in itertools.product((cnn, v1), (0, 0.5, 1, 2, 3.5), (1, 300, 1000)):
+        models = models_of(script, noise("d"), noise("g"), guidance_scale=w, **everywhere)
+        a, point = alpha_bars[t], x.clone().requires_grad_()
+        (w * log_density("d", point, a) - (w - 1) * log_density("g", point, a)).backward()
+        found = script.guided_noise(models, x, t)
+        torch.testing.assert_close(found, -((1 - a) ** 0.5) * point.grad)
+
+
+def test_guidance_is_confined_to_its_interval_and_the_guide_asked_there_alone(cnn, v1):
+    asked, x = [], torch.ones(3, 1, 2, 2)
+
+    def guide(x, t):
+        asked.append(t.tolist())
+        return 0 * x
+
+    interval = {"guidance_low": 200, "guidance_high": 700}
+    for script in (cnn, v1):
+        models = models_of(script, lambda x, t: x, guide, guidance_scale=3.0, **interval)
+        found = [script.guided_noise(models, x, t)[0, 0, 0, 0] for t in (199, 200, 700, 701)]
+        assert found == [1, 3, 3, 1] and asked == [[200] * 3, [700] * 3]
+        script.guided_noise(models.with_settings(guidance_scale=1.0), x, 500)
+        assert len(asked) == 2
+        asked.clear()
+        list(script.sample(models, x, None, 10))
+        assert [times[0] for times in asked] == [700, 600, 500, 400, 300, 200]
+        asked.clear()
+
+
 def test_ddim_is_of_first_order(cnn):
     """From alpha_bar = 1e-4 to 0.999, evenly in the angle whose squared cosine alpha_bar is."""
     ends, errors = (1e-4, 0.999), []
@@ -284,7 +334,8 @@ def test_prior_figure_decodes_what_it_says(v1, tmp_path, monkeypatch):
     noise = v1.noise_of_samples(models, range(36))()
     torch.testing.assert_close(3 * prior + 2, noise)  # as the autoencoder's own latents N(0, I)
     posteriors = v1.in_chunks(models.autoencoder.posterior, images)
-    posteriors = torch.cat([posteriors[:, :4] - 2, posteriors[:, 4:]], dim=1) / 3
+    means, stds = posteriors.chunk(2, dim=1)
+    posteriors = torch.cat([means - 2, stds], dim=1) / 3
     mean, factor = v1.gaussian_of_posteriors(posteriors)
     truth = mean + noise.flatten(1).double() @ factor.T
     torch.testing.assert_close(fitted.flatten(1).double(), truth, rtol=1e-5, atol=1e-5)

@@ -191,9 +191,9 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(experiment, tiny_dat
     arguments = flags(script, tmp_path / "output", tiny_data_dir)
     status, _, err = Launched(tmp_path, experiment, arguments, 2, POISON).end()
     assert status != 0
-    assert err.count("error: loss or gradient of diffusion is not finite at step 5") == 1
+    assert err.count("error: loss or gradient of guide is not finite at step 5") == 1
     assert "another process has ended" not in err
-    assert steps(tmp_path / "output")["diffusion"] == 3
+    assert steps(tmp_path / "output") == {"guide": 3}
 
 
 @on_cnn

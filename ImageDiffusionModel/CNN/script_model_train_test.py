@@ -2,7 +2,8 @@
 
 A net of convolutions and shortcuts learns to tell the noise in a noisy image. Samples come from the
 ancestral sampler of DDPM, a thousand steps of fresh noise, or from DDIM, which takes fewer and can
-do without fresh noise: a figure shows the same noise through both.
+do without fresh noise: a figure shows the same noise through both. A second net, trained for less,
+is a guide: what it gets wrong, the first one avoids.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
@@ -10,7 +11,8 @@ do without fresh noise: a figure shows the same noise through both.
     python script_model_train_test.py --sample-only --export-samples 10000
 
 Papers: DDPM (Ho et al. 2020, arXiv 2006.11239); DDIM (Song et al. 2021, 2010.02502); residual nets
-(He et al. 2016, 1512.03385); Muon, the optimizer of hidden matrices (Jordan et al. 2024).
+(He et al. 2016, 1512.03385); autoguidance (Karras et al. 2024, 2406.02507), in an interval
+(Kynkäänniemi et al. 2024, 2404.07724); Muon, the optimizer of hidden matrices (Jordan et al. 2024).
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=Non
 class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
-    epochs: int = option(12, "epochs", 1, 100_000, gpu=180, quick=2, resume="keep")
+    guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=15, quick=1, resume="keep")
+    epochs: int = option(10, "epochs", 1, 100_000, gpu=180, quick=2, resume="keep")
     batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
     learning_rate: float = option(2e-3, "peak of AdamW", 1e-8, 1.0)
     muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
@@ -51,7 +54,10 @@ class Config:
         "ddim", "DDPM's is ancestral", choices=("ddim", "ancestral"), resume="keep"
     )
     sampling_steps: int = option(60, "steps of DDIM", 1, 1000, quick=10, resume="keep")
-    eta: float = option(0.5, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
+    eta: float = option(1.0, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
+    guidance_scale: float = option(1.8, "w of g + w (d - g)", 0.0, 20.0, resume="keep")
+    guidance_low: int = option(0, "t where guidance ends", 0, 1000, resume="keep")
+    guidance_high: int = option(600, "t where guidance begins", 0, 1000, resume="keep")
     variance: str = option("small", "of ancestral steps", choices=("small", "large"), resume="keep")
 
 
@@ -144,17 +150,28 @@ def sampling_times(steps: int) -> list[int]:
     return times.round().int().tolist()
 
 
+def guided_noise(models: Models, x: Tensor, t: int) -> Tensor:
+    """The noise in states x (B, C, H, W) at t by autoguidance (Karras et al. 2024, Eq. 3):
+    g + w (d - g). d is the denoiser's, g that of its guide: the same network, trained for less,
+    which errs alike but more. For t outside the interval (Kynkäänniemi et al. 2024), d alone."""
+    config, times = models.config, torch.full((len(x),), t, device=x.device)
+    noise, w = models.diffusion(x, times), config.guidance_scale
+    if w == 1 or not config.guidance_low <= t <= config.guidance_high:
+        return noise
+    return models.guide(x, times).lerp(noise, w)
+
+
 def sample(
     models: Models, noise: Tensor, classes: Tensor, steps: int = 0, fresh: Fresh | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """States and guesses from noise (B, 1, 28, 28) to images in [-1, 1]; `steps` are DDIM's."""
-    config, denoiser = models.config, models.diffusion
+    config = models.config
     by_ddim = config.sampler == "ddim" or fresh is None
     times = sampling_times((steps or config.sampling_steps) if by_ddim else TIMESTEPS)
     alpha_bars = linear_alpha_bars()[times].tolist()
 
     def predict(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        epsilon = denoiser(x, torch.full((len(x),), times[i], device=x.device))
+        epsilon = guided_noise(models, x, times[i])
         return x0_of_noise(x, epsilon, alpha_bars[i]), epsilon
 
     if by_ddim:
@@ -259,22 +276,22 @@ def state_shape(config: Config) -> tuple[int, int, int]:
 
 
 def build_networks(config: Config) -> dict[str, nn.Module]:
-    """The one network, and its only stage of training."""
-    return {"diffusion": ConvolutionalDenoiser(config.width, config.blocks)}
+    """The denoiser, and its guide, which is trained for less."""
+    names = "diffusion", "guide"
+    return {name: ConvolutionalDenoiser(config.width, config.blocks) for name in names}
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    """Trains the network on the images."""
-    run.train(
-        "diffusion",
-        noise_prediction_loss,
-        (data.train_images,),
-        (data.validation_images,),
-        epochs=run.config.epochs,
-        batch_size=run.config.batch_size,
-        learning_rate=run.config.learning_rate,
-        muon_learning_rate=run.config.muon_learning_rate,
-    )
+    """Trains the guide, then the denoiser, on the images."""
+    config = run.config
+    what = noise_prediction_loss, (data.train_images,), (data.validation_images,)
+    how = {
+        "batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "muon_learning_rate": config.muon_learning_rate,
+    }
+    run.train("guide", *what, epochs=config.guide_epochs, **how)
+    run.train("diffusion", *what, epochs=config.epochs, **how)
 
 
 def embed(models: Models, images: Tensor) -> Tensor:
@@ -1431,9 +1448,11 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
             points.append((row["epoch"], value, validation[part]))
     if not panels:
         return
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, ((stage, part), points) in zip(all_axes, panels.items()):
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(8.4, 0.4 + 2.8 * rows), layout="constrained")
+    for number, ((stage, part), points) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
         epochs, *curves = zip(*points)
         for curve, name in zip(curves, ("training", "validation, averaged weights")):
             axes.plot(epochs, curve, "o-", markersize=3, label=name)
@@ -1441,7 +1460,7 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
         axes.set(title=stage, xlabel="epoch", ylabel=part, xlim=width)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save_figure(figure, path)
 
 

@@ -2,8 +2,9 @@
 
 Stage 1 trains a variational autoencoder that turns a 28x28 image into a Gaussian over small
 latents; stage 2 trains a UNet to denoise such latents, by predicting the noise on the linear
-schedule of DDPM. Sampling takes a few steps of DDIM and decodes the result. A figure shows beside
-it what the autoencoder's own prior decodes to: why stage 2 is worth it.
+schedule of DDPM. A guide, the same UNet trained for less, shows it what to avoid. Sampling takes a
+few steps of DDIM and decodes the result. A figure shows beside it what the autoencoder's own prior
+decodes to: why stage 2 is worth it.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
@@ -11,7 +12,8 @@ it what the autoencoder's own prior decodes to: why stage 2 is worth it.
     python script_model_train_test.py --sample-only --export-samples 10000
 
 Papers: variational autoencoders (Kingma & Welling 2014, arXiv 1312.6114); latent diffusion (Rombach
-et al. 2022, 2112.10752); DDPM (Ho et al. 2020, 2006.11239); DDIM (Song et al. 2021, 2010.02502).
+et al. 2022, 2112.10752); DDPM (Ho et al. 2020, 2006.11239); DDIM (Song et al. 2021, 2010.02502);
+autoguidance (Karras et al. 2024, 2406.02507) in an interval (Kynkäänniemi et al. 2024, 2404.07724).
 """
 
 from __future__ import annotations
@@ -48,17 +50,21 @@ class Config:
     autoencoder_learning_rate: float = option(2e-3, "peak of AdamW", 1e-8, 1.0)
     autoencoder_muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
     autoencoder_width: int = option(32, "channels at 14x14", 8, 512, multiple=8, quick=8)
-    latent_channels: int = option(4, "channels of the 7x7 latent", 1, 64)
-    kl_weight: float = option(0.1, "weight of the KL divergence, in the ELBO 1", 0.0, 100.0)
+    latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
+    kl_weight: float = option(0.2, "weight of the KL divergence, in the ELBO 1", 0.0, 100.0)
     # stage 2: the diffusion
-    epochs: int = option(9, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
+    guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=25, quick=1, resume="keep")
+    epochs: int = option(8, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
     ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples
     sampling_steps: int = option(36, "steps of DDIM", 1, 1000, resume="keep")
-    eta: float = option(0.5, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
+    eta: float = option(0.65, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
+    guidance_scale: float = option(2.25, "w of g + w (d - g)", 0.0, 20.0, resume="keep")
+    guidance_low: int = option(0, "t where guidance ends", 0, 1000, resume="keep")
+    guidance_high: int = option(600, "t where guidance begins", 0, 1000, resume="keep")
 
 
 # ==================================================================================================
@@ -125,16 +131,27 @@ def sampling_times(steps: int) -> list[int]:
     return times.round().int().tolist()
 
 
+def guided_noise(models: Models, x: Tensor, t: int) -> Tensor:
+    """The noise in states x (B, C, H, W) at t by autoguidance (Karras et al. 2024, Eq. 3):
+    g + w (d - g). d is the denoiser's, g that of its guide: the same network, trained for less,
+    which errs alike but more. For t outside the interval (Kynkäänniemi et al. 2024), d alone."""
+    config, times = models.config, torch.full((len(x),), t, device=x.device)
+    noise, w = models.diffusion(x, times), config.guidance_scale
+    if w == 1 or not config.guidance_low <= t <= config.guidance_high:
+        return noise
+    return models.guide(x, times).lerp(noise, w)
+
+
 def sample(
     models: Models, noise: Tensor, classes: Tensor, steps: int = 0, fresh: Fresh | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """States and guesses from noise (B, C, 7, 7) to latents."""
-    config, denoiser = models.config, models.diffusion
+    config = models.config
     times = sampling_times(steps or config.sampling_steps)
     alpha_bars = linear_alpha_bars()[times].tolist()
 
     def predict(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        epsilon = denoiser(x, torch.full((len(x),), times[i], device=x.device))
+        epsilon = guided_noise(models, x, times[i])
         return x0_of_noise(x, epsilon, alpha_bars[i]), epsilon
 
     return ddim(predict, noise, alpha_bars, config.eta if fresh else 0.0, fresh)
@@ -344,10 +361,10 @@ def state_shape(config: Config) -> tuple[int, int, int]:
 
 
 def build_networks(config: Config) -> dict[str, nn.Module]:
-    """What each stage trains."""
+    """What each stage trains: the guide is the denoiser, trained for less."""
     autoencoder = VariationalAutoencoder(config.latent_channels, config.autoencoder_width)
-    denoiser = UnconditionalLatentUNet(config.latent_channels, config.width)
-    return {"autoencoder": autoencoder, "diffusion": denoiser}
+    denoiser = partial(UnconditionalLatentUNet, config.latent_channels, config.width)
+    return {"autoencoder": autoencoder, "diffusion": denoiser(), "guide": denoiser()}
 
 
 def draw_latents(posteriors: Tensor, rng: Rng) -> Tensor:
@@ -357,7 +374,7 @@ def draw_latents(posteriors: Tensor, rng: Rng) -> Tensor:
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    """Trains the autoencoder, then the diffusion on the posteriors of the averaged autoencoder."""
+    """Trains the autoencoder; then the guide and the diffusion, on its average's posteriors."""
     config, autoencoder = run.config, models.autoencoder
     run.train(
         "autoencoder",
@@ -372,7 +389,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
     )
     posteriors = once(autoencoder.posterior, data.train_images)
     held_out = once(autoencoder.posterior, data.validation_images)
-    if not run.begun("diffusion"):  # the diffusion's noise has variance 1, so must its data
+    if not run.begun("guide"):  # the diffusion's noise has variance 1, so must its data
         autoencoder.set_statistics(posteriors)
     active = active_units(posteriors.chunk(2, dim=1)[0])
     print(f"autoencoder: {active:.0%} of the latents are active")
@@ -380,15 +397,10 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
     def loss(denoiser: nn.Module, posteriors: Tensor, rng: Rng) -> Tensor:
         return noise_prediction_loss(denoiser, draw_latents(posteriors, rng), rng)
 
-    run.train(
-        "diffusion",
-        loss,
-        (autoencoder.standardise(posteriors),),
-        (autoencoder.standardise(held_out),),
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-    )
+    what = loss, (autoencoder.standardise(posteriors),), (autoencoder.standardise(held_out),)
+    how = {"batch_size": config.batch_size, "learning_rate": config.learning_rate}
+    run.train("guide", *what, epochs=config.guide_epochs, **how)
+    run.train("diffusion", *what, epochs=config.epochs, **how)
 
 
 def embed(models: Models, images: Tensor) -> Tensor:
@@ -1622,9 +1634,11 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
             points.append((row["epoch"], value, validation[part]))
     if not panels:
         return
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, ((stage, part), points) in zip(all_axes, panels.items()):
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(8.4, 0.4 + 2.8 * rows), layout="constrained")
+    for number, ((stage, part), points) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
         epochs, *curves = zip(*points)
         for curve, name in zip(curves, ("training", "validation, averaged weights")):
             axes.plot(epochs, curve, "o-", markersize=3, label=name)
@@ -1632,7 +1646,7 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
         axes.set(title=stage, xlabel="epoch", ylabel=part, xlim=width)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save_figure(figure, path)
 
 

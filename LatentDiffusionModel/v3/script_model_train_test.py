@@ -1669,9 +1669,11 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
             points.append((row["epoch"], value, validation[part]))
     if not panels:
         return
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, ((stage, part), points) in zip(all_axes, panels.items()):
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(8.4, 0.4 + 2.8 * rows), layout="constrained")
+    for number, ((stage, part), points) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
         epochs, *curves = zip(*points)
         for curve, name in zip(curves, ("training", "validation, averaged weights")):
             axes.plot(epochs, curve, "o-", markersize=3, label=name)
@@ -1679,7 +1681,7 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
         axes.set(title=stage, xlabel="epoch", ylabel=part, xlim=width)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save_figure(figure, path)
 
 

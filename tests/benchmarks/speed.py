@@ -364,7 +364,9 @@ class Sampler:
         with calls_of(self.script):
             self.models = self.script.load_trained(Path(output), device)
         self.parameters = sampled_parameters(self.models.networks)
-        self.models.diffusion.register_forward_hook(self._count_rows)
+        for name in ("diffusion", "guide"):
+            if name in self.models.networks:
+                self.models.networks[name].register_forward_hook(self._count_rows)
         self.times = stopwatch(self.script, "generate_samples", self.models.device)
 
     def _count_rows(self, module, args, output):
@@ -379,7 +381,7 @@ class Sampler:
 
     def evaluations(self):
         """Evaluations of the denoiser an image, counted in the samples drawn so far; guidance's two
-        count as two."""
+        count as two, also where the second is a guide's."""
         return self.rows / self.count
 
     def description(self):
