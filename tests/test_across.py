@@ -1,4 +1,4 @@
-"""across.py: its figures show what the scripts compute, suit a page of 840 pixels, can be read."""
+"""across.py: its figures show what the scripts compute, fit 840 pixels, and can be read."""
 
 import itertools
 import json
