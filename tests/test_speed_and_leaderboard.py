@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -625,7 +626,7 @@ def test_a_peer_leaves_its_samples(conditional, scored_data_dir, tmp_path, monke
         device="cpu", data_dir=scored_data_dir, peer_batch_size=32, minutes=1, marks=2, samples=110
     )
     time_to_quality.run_peer_process("torch_fake", 9, args, time.time(), tmp_path)
-    points = json.loads((tmp_path / "points.json").read_text())
+    points = json.loads((tmp_path / "sampled.json").read_text())
     trained = [(point["minutes"], point["trained"]) for point in points]
     assert trained == [(0.5, "3 steps of 32 images"), (1.0, "7 steps of 32 images")]
     assert points[0]["parameters"] == 9
@@ -664,17 +665,23 @@ def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
     assert len(quality.read_samples(point.samples)[0]) == 100
 
 
-def test_the_table_and_the_plot_are_written(scored_data_dir, tmp_path, monkeypatch):
+def test_a_race_is_scored_drawn_and_kept(scored_data_dir, tmp_path, monkeypatch, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (100, 28, 28, 1), np.uint8)
     np.savez(tmp_path / "good.npz", fe.load_split(scored_data_dir, train=False)[0][..., None])
     np.savez(tmp_path / "bad.npz", noise)
     rest = 2_000_000, 1.5, "much", "euler", 12
-    names = ("good", "bad")
-    points = [[time_to_quality.Point(n, *rest, tmp_path / f"{n}.npz")] for n in names]
-    monkeypatch.setattr(time_to_quality, "run_all", lambda *args: iter(points))
+    runs = []
+
+    def run(name):
+        runs.append(name)
+        return [time_to_quality.Point(name, *rest, tmp_path / f"{name}.npz")]
+
+    both = [(name, partial(run, name)) for name in ("good", "bad")]
+    monkeypatch.setattr(time_to_quality, "contestants", lambda *args: both)
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- time-to-quality:begin -->\nold\n<!-- time-to-quality:end -->\nb\n")
     where = [f"--data-dir={scored_data_dir}", f"--readme={readme}", "--device=cpu"]
+    where += [f"--folder={tmp_path / 'race'}"]
     time_to_quality.main(["--samples=100", *where])
     text = readme.read_text()
     assert "old" not in text and text.startswith("a\n") and text.endswith("\nb\n")
@@ -692,6 +699,12 @@ def test_the_table_and_the_plot_are_written(scored_data_dir, tmp_path, monkeypat
     assert rows[0]["minutes"] == 1.5
     assert rows[1]["worst_percent_of_blur"] == pytest.approx(scores["bad"][3], abs=0.05)
     assert (tmp_path / "time_to_quality.png").read_bytes().startswith(b"\x89PNG")
+
+    time_to_quality.main(["--samples=100", *where])  # nothing runs twice
+    assert runs == ["good", "bad"] and readme.read_text() == text
+    with pytest.raises(SystemExit) as stop:
+        time_to_quality.main(["--samples=101", *where])
+    assert stop.value.code == 2 and "is of a race with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--samples", "99"], ["--marks", "0"]])

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import speed
 
 CLASSES = 10
-GUIDANCE = 1.75  # u + w (c - u), as LatentDiffusionModel/v3 has it
+GUIDANCE = 1.75  # of u + w (c - u), at all times
 
 
 def classes_in_turn(count, device):

@@ -4,6 +4,9 @@
     python tests/benchmarks/time_to_quality.py --peers     and what is installed of the peers
     python tests/benchmarks/time_to_quality.py --minutes 1 --samples 200 --readme README.md
                                                            a trial, see below
+    python tests/benchmarks/time_to_quality.py --peers --folder race
+                                                           can be stopped and run again: keeps the
+                                                           scores of who is done in race/
 
 Only training counts against the minutes, from the start of the process on, so imports and reading
 the data do too; planning, sampling and scoring don't. The table goes between markers of README.md
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +57,7 @@ class Point:
     trained: str  # how much, in words
     sampler: str
     evaluations: float  # of the denoiser, an image
-    samples: Path
+    samples: Path | None  # None once they are scored and gone
     scores: dict = dataclasses.field(default_factory=dict)  # of ``quality.score_against``
 
 
@@ -247,7 +251,7 @@ def train_peer(peer, batches, started, budget, marks):
 
 
 def run_peer_process(name, parameters, args, started, folder):
-    """Train and sample a peer, in a process of its own; leaves points.json and samples."""
+    """Train and sample a peer, in a process of its own; leaves sampled.json and samples."""
     torch.manual_seed(0)
     device = torch.device(args.device)
     entry = peers.PEERS[name]
@@ -274,7 +278,7 @@ def run_peer_process(name, parameters, args, started, folder):
                 "samples": path.name,
             }
         )
-    (folder / "points.json").write_text(json.dumps(points), encoding="utf-8")
+    (folder / "sampled.json").write_text(json.dumps(points), encoding="utf-8")
 
 
 def run_peer(name, parameters, args, folder):
@@ -285,7 +289,7 @@ def run_peer(name, parameters, args, folder):
     process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"{name} ended with status {process.exitcode}")
-    points = json.loads((folder / "points.json").read_text(encoding="utf-8"))
+    points = json.loads((folder / "sampled.json").read_text(encoding="utf-8"))
     return [Point(**point | {"samples": folder / point["samples"]}) for point in points]
 
 
@@ -355,14 +359,17 @@ def save_plot(points, floors, path):
     figure.savefig(path, dpi=100)
 
 
+def describe(point):
+    """A point as an object for JSON, the samples' file left out."""
+    row = dataclasses.asdict(point)
+    del row["samples"]
+    return row
+
+
 def save_json(points, floors, path):
     """All scores of all points and floors: a list of flat objects, the files' names left out."""
-    rows = []
-    for point in points:
-        row = dataclasses.asdict(point)
-        scores = row.pop("scores")
-        del row["samples"]
-        rows.append(row | scores)
+    rows = [describe(point) for point in points]
+    rows = [row | row.pop("scores") for row in rows]
     floors = [{"model": floor["file"], **floor} for floor in floors]
     for floor in floors:
         del floor["file"]
@@ -399,6 +406,11 @@ def parse_command_line(argv):
         "--data-dir", type=Path, default=fe.DEFAULT_DATA_DIR, help="torchvision's root"
     )
     parser.add_argument(
+        "--folder",
+        type=Path,
+        help="keeps the scores of the contestants that are done, so that the race can go on",
+    )
+    parser.add_argument(
         "--readme", type=Path, default=fe.HERE / "README.md", help="file that the table goes to"
     )
     args = parser.parse_args(argv)
@@ -410,11 +422,37 @@ def parse_command_line(argv):
     return args
 
 
-def run_all(args, versions, folder):
-    """Yield the points of one contestant after the other, their samples not yet scored."""
-    for number, (version, path) in enumerate(versions.items()):
-        (folder / str(number)).mkdir()
-        yield run_version(version, path, args, folder / str(number))
+def run_once(path, settings, reference, run):
+    """The scored points of a contestant: those that ``path`` holds of an earlier race, or a run's.
+
+    Args:
+        path: of a JSON file, written once the contestant is done.
+        settings: of the race. Raises ValueError if the file is of one with others.
+        reference: to score against.
+        run: takes nothing and returns points whose samples are not yet scored.
+    """
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["settings"] != settings:
+            raise ValueError(f"{path} is of a race with {kept['settings']}, not {settings}")
+        return [Point(**point, samples=None) for point in kept["points"]]
+    points = run()
+    for point in points:
+        point.scores = quality.score_against(*quality.read_samples(point.samples), reference)
+        worst = leaderboard.format_score(point.scores, "worst_percent_of_blur")
+        print(f"{point.model}, {point.minutes:.1f} min: {worst} of blur", flush=True)
+    kept = {"settings": settings, "points": [describe(point) for point in points]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, allow_nan=False), encoding="utf-8")
+    return points
+
+
+def contestants(args, versions, folder):
+    """Yield each contestant's name and what trains and samples it, in a folder of its own."""
+    for version, path in versions.items():
+        name = version.replace("/", "_")
+        (folder / name).mkdir()
+        yield name, partial(run_version, version, path, args, folder / name)
     if not args.peers:
         return
     first = next(iter(versions.values()))
@@ -428,7 +466,8 @@ def run_all(args, versions, folder):
             )
             continue
         (folder / name).mkdir()
-        yield run_peer(name, None if peer.own_size else parameters, args, folder / name)
+        size = None if peer.own_size else parameters
+        yield name, partial(run_peer, name, size, args, folder / name)
 
 
 def main(argv=None, repository=speed.REPOSITORY):
@@ -440,14 +479,12 @@ def main(argv=None, repository=speed.REPOSITORY):
         args.device = str(device)
         reference = quality.load_reference(args.data_dir)
         floors = measure_floors(args.samples, reference)
-        with tempfile.TemporaryDirectory() as folder:
-            for more in run_all(args, versions, Path(folder)):
-                for point in more:
-                    samples = quality.read_samples(point.samples)
-                    point.scores = quality.score_against(*samples, reference)
-                    worst = leaderboard.format_score(point.scores, "worst_percent_of_blur")
-                    print(f"{point.model}, {point.minutes:.1f} min: {worst} of blur", flush=True)
-                points += more
+        settings = {key: getattr(args, key) for key in ("minutes", "samples", "marks")}
+        settings |= {"batch": args.peer_batch_size, "machine": speed.hardware(device)}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = args.folder or Path(scratch)
+            for name, run in contestants(args, versions, Path(scratch)):
+                points += run_once(folder / f"{name}.json", settings, reference, run)
                 text = format_points(points, floors, args, device)
                 save_plot(points, floors, args.readme.with_name("time_to_quality.png"))
                 save_json(points, floors, args.readme.with_name("time_to_quality.json"))
