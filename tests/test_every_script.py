@@ -25,8 +25,8 @@ from PIL import Image
 from conftest import load_script, run_script
 from networks import perturb
 from script_runs import (
-    ALL_STEPS,
     CLASSES,
+    STEPS,
     RealRun,
     assert_ends_as,
     differences,
@@ -309,7 +309,7 @@ def test_interrupted_run_ends_with_the_same_bits(
     experiment, module, undisturbed, tiny_data_dir, tmp_path, at
 ):
     done, arguments = 0, flags(module, tmp_path, tiny_data_dir)
-    first = sum(ALL_STEPS[stage] for stage in experiment.stages[:-1])
+    first = sum(STEPS[stage] for stage in experiment.stages[:-1])
     for step in [number + first for number in at if number + first > 0]:
         with pytest.MonkeyPatch.context() as patch:
             interrupt_at_step(patch, module, step - done)
@@ -337,7 +337,7 @@ def test_kills_at_random_moments_lose_nothing(
             break
         output = tmp_path / str(number)
         arguments = flags(module, output, tiny_data_dir, checkpoint_minutes=0)
-        done = [ALL_STEPS[stage] for stage in experiment.stages[: number % len(experiment.stages)]]
+        done = [STEPS[stage] for stage in experiment.stages[: number % len(experiment.stages)]]
         if done:
             with pytest.MonkeyPatch.context() as patch:
                 interrupt_at_step(patch, module, sum(done))

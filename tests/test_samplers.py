@@ -6,6 +6,7 @@ moves the mean along the line through both means and no more.
 """
 
 import contextlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -92,24 +93,34 @@ INTERVALS = {  # of guidance
 }
 
 
+GUIDE_IS_OFF_BY = 5
+
+
 def gaussian_models(experiment, module, **settings):
-    """Models whose class k is N(k MEAN, COVARIANCE), the null class too; without classes, k = 1."""
+    """Models whose class k is N(k MEAN, COVARIANCE), the null class too; without classes, k = 1.
+    For a guide that knows classes it is that of k + GUIDE_IS_OFF_BY."""
     at, _, output = PROCESSES[experiment.name]
 
-    def denoiser(x, t, classes=None):
-        number = 1.0 if classes is None else classes.double().argmax(1)[:, None]
+    def denoiser(x, t, classes=None, off_by=0):
+        number = 1.0 if classes is None else classes.double().argmax(1)[:, None] + off_by
         alpha, sigma = (part.double() for part in at(t))
         guesses = gaussian_guesses(x, alpha, sigma, number * MEAN)
         return output(*guesses, *(part.view(-1, 1, 1, 1) for part in (alpha, sigma)))
 
-    return models_of(module, denoiser, **settings)
+    return models_of(module, denoiser, partial(denoiser, off_by=GUIDE_IS_OFF_BY), **settings)
+
+
+def null_number(module):
+    """The k of what guidance leads away from."""
+    guide = "guide_epochs" in module.Config.__dataclass_fields__
+    return module.NULL_CLASS + (GUIDE_IS_OFF_BY if guide else 0)
 
 
 @every_script
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1.5])
 def test_trajectories_and_guesses_of_gaussian_data_are_the_true_ones(experiment, module, scale):
     at, times_of, _ = PROCESSES[experiment.name]
-    steps, label, null = 400, 3, module.NULL_CLASS
+    steps, label, null = 400, 3, null_number(module)
     guidance = {"guidance_scale": scale} if experiment.conditional else {}
     if experiment.name in INTERVALS:
         guidance |= {"guidance_low": 0, "guidance_high": 1000}
@@ -157,7 +168,7 @@ def test_in_the_same_steps_the_solver_of_second_order_comes_closer(experiment, m
 def test_guidance_goes_beyond_the_class_in_its_interval_alone(experiment, module, scale, outside):
     """There the guesses are those of data around a mean beyond that of the class."""
     at, times_of, _ = PROCESSES[experiment.name]
-    label, null, (low, high) = 3, module.NULL_CLASS, INTERVALS[experiment.name]
+    label, null, (low, high) = 3, null_number(module), INTERVALS[experiment.name]
     settings = {"guidance_scale": scale, "guidance_low": low, "guidance_high": high}
     models = gaussian_models(experiment, module, **settings)
     classes = module.class_weights(torch.full((5,), label))

@@ -151,7 +151,7 @@ def test_the_input_pipelines_give_the_same_batches_and_both_are_measured(
 def test_a_sampler_counts_evaluations_and_parameters(untrained_v3):
     sampler = speed.Sampler(SCRIPT_V3, untrained_v3, "cpu")
     stored = sampler.models
-    parts = stored.autoencoder.encoder, stored.decoder["decoder"], stored.diffusion
+    parts = stored.autoencoder.encoder, stored.decoder["decoder"], stored.guide, stored.diffusion
     assert sampler.parameters == sum(map(speed.parameter_count, parts))
     for changes, expected, words in (
         ({}, 18, "heun, 6 steps, guidance 3.5"),  # guidance's two evaluations count as two
@@ -495,8 +495,9 @@ def stage(name, epochs, step, steps=100):
 
 
 # Of a latent version; and the names of its settings of epochs.
-FIELDS = ["autoencoder_epochs", "decoder_epochs", "epochs"]
-STAGES = [stage("autoencoder", 2, 0.9), stage("decoder", 1, 1.2), stage("diffusion", 8, 0.6)]
+FIELDS = ["autoencoder_epochs", "decoder_epochs", "guide_epochs", "epochs"]
+STAGES = [stage("autoencoder", 2, 0.9), stage("decoder", 1, 1.2), stage("guide", 1, 0.6)]
+STAGES += [stage("diffusion", 8, 0.6)]
 
 
 @pytest.mark.parametrize("budget", [5, 60, 300, 600, 3600, 20_000])
@@ -656,11 +657,11 @@ def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
     images = round(55_000 * share)
     [(plan, name, last, budget)] = calls
     assert plan == [*speed.epoch_flags(epochs), "--train-images", str(images)]
-    names = ["--autoencoder-epochs", "--decoder-epochs", "--epochs", "--train-images"]
-    assert plan[::2] == names
+    names = ["--autoencoder-epochs", "--decoder-epochs", "--guide-epochs", "--epochs"]
+    assert plan[::2] == [*names, "--train-images"]
     assert (name, last, budget) == ("diffusion", epochs["epochs"], 600)
     assert point.minutes == 0.7 and point.evaluations == 18
-    earlier = f"{epochs['autoencoder_epochs']} + {epochs['decoder_epochs']}"
+    earlier = " + ".join(str(epochs[field]) for field in FIELDS[:-1])
     assert point.trained == f"{earlier} + 1 epochs of {images:,} images"
     assert len(quality.read_samples(point.samples)[0]) == 100
 

@@ -39,7 +39,7 @@ SEEDED = [(stage, use) for stage in STEPS for use in ("order", "step")]
 def test_another_seed_changes_the_bits(
     module, undisturbed, monkeypatch, tiny_data_dir, tmp_path, parts
 ):
-    """Each use of the seed for itself. The diffusion does not depend on the decoder."""
+    """Each use of the seed for itself. What comes after the autoencoder depends on it alone."""
     real = module.derived_seed
 
     def derived_seed(seed, *rest):
@@ -49,7 +49,7 @@ def test_another_seed_changes_the_bits(
     assert run(module, flags(module, tmp_path, tiny_data_dir, seed=1)) == 0
     a, b = read(undisturbed)["stages"], read(tmp_path)["stages"]
     changed = [stage for stage in a if differences(a[stage]["model"], b[stage]["model"])]
-    assert changed == ([parts[0]] if parts[0] in ("decoder", "diffusion") else list(STEPS))
+    assert changed == ([parts[0]] if parts[0] in [*STEPS][1:] else list(STEPS))
 
 
 @pytest.mark.parametrize("step", [2, 9, 15])
@@ -76,12 +76,12 @@ def test_signal_late_in_a_step_loses_nothing(
 
 @pytest.mark.parametrize(
     ("saver", "count", "done"),
-    [("draw", 2, [6]), ("save_reconstructions", 2, [6, 6]), ("draw", 5, [6, 6, 9])],
+    [("draw", 2, [6]), ("save_reconstructions", 2, [6, 6]), ("draw", 7, [6, 6, 6, 9])],
 )
 def test_signal_in_the_last_picture_of_a_stage_is_heeded(
     module, monkeypatch, tiny_data_dir, tmp_path, saver, count, done
 ):
-    """The decoder's epochs have a picture of their own; `draw` is called after those of the two
+    """The decoder's epochs have a picture of their own; `draw` is called after those of the
     other stages."""
     where, calls = module.Run if saver == "draw" else module, []
 
@@ -125,11 +125,11 @@ def test_finished_run_trains_on_with_more_epochs(module, output, tiny_data_dir, 
     assert run(module, arguments[0]) == 0
     after = read(output)
     assert steps(output) == STEPS | {"diffusion": 15}
-    for stage in ("autoencoder", "decoder"):
+    for stage in ("autoencoder", "decoder", "guide"):
         assert differences(before["stages"][stage], after["stages"][stage]) == []
-    assert differences(before["history"], after["history"][:7]) == []
-    assert [row["epoch"] for row in after["history"]] == [1, 2, 1, 2, 1, 2, 3, 4, 5]
-    assert after["history"][7]["learning_rate"] > 0  # planned anew: it had fallen to zero
+    assert differences(before["history"], after["history"][:9]) == []
+    assert [row["epoch"] for row in after["history"]] == [1, 2] * 3 + [1, 2, 3, 4, 5]
+    assert after["history"][9]["learning_rate"] > 0  # planned anew: it had fallen to zero
     first, last = (each["stages"]["diffusion"]["model"] for each in (before, after))
     assert differences(first, last)
     assert interrupted_run(module, arguments[1], 2) == 130
@@ -152,7 +152,7 @@ def test_epochs_of_a_stage_change_before_the_next_one_only(
 
 def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_path):
     given = {"seed": 7, "guidance_scale": 2.5, "epochs": 2, "width": 24}
-    given |= {"autoencoder_epochs": 1, "decoder_epochs": 1}
+    given |= {"autoencoder_epochs": 1, "decoder_epochs": 1, "guide_epochs": 1}
     arguments = flags(module, tmp_path, tiny_data_dir, **given)
     assert interrupted_run(module, arguments, 5) == 130
     config = read(tmp_path)["config"]
@@ -161,14 +161,14 @@ def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_pat
     arguments = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
     assert run(module, ["--quick", *arguments, "--sampler=euler"]) == 0
     assert read(tmp_path)["config"] == config | {"sampler": "euler"}  # which may change
-    assert steps(tmp_path) == {"autoencoder": 3, "decoder": 3, "diffusion": 6}
+    assert steps(tmp_path) == {"autoencoder": 3, "decoder": 3, "guide": 3, "diffusion": 6}
 
 
 def test_metrics_are_the_history(undisturbed):
     with open(undisturbed / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     history = read(undisturbed)["history"]
-    stages = [*["autoencoder"] * 2, *["decoder"] * 2, *["diffusion"] * 3]
+    stages = [*["autoencoder"] * 2, *["decoder"] * 2, *["guide"] * 2, *["diffusion"] * 3]
     assert [row["stage"] for row in rows] == stages
     parts = ("train_parts", "validation_parts")
     assert all(rows[0].keys() | {*parts} == row.keys() for row in history)
@@ -176,5 +176,5 @@ def test_metrics_are_the_history(undisturbed):
     for row in history:
         for name, of in zip(("train_loss", "validation_loss"), parts):
             assert sum(row[of].values()) == row[name]
-    assert [len(row["train_parts"]) for row in history] == [1, 1, 3, 3, 1, 1, 1]
+    assert [len(row["train_parts"]) for row in history] == [1, 1, 3, 3, *[1] * 5]
     assert all(row["train_parts"].keys() == row["validation_parts"].keys() for row in history)

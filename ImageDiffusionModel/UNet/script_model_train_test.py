@@ -99,23 +99,23 @@ def edm_loss(
 
 
 def guided(
-    denoiser: nn.Module, classes: Tensor, guidance_scale: float,
-    low: float = -math.inf, high: float = math.inf,
+    denoiser: nn.Module, classes: Tensor, guidance_scale: float, low: float = -math.inf,
+    high: float = math.inf, guide: nn.Module | None = None,
 ) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
     """Returns f(x, t) = u + w (c - u), c the denoiser's output for class weights `classes` (B, 11)
-    and u its output for none (Ho & Salimans 2022, Eq. 6, with w counted from the unconditional
-    model: 0 is that, 1 the conditional one). For t outside low ... high, where guidance costs most
-    variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
+    and u for none: its own (classifier-free guidance, Ho & Salimans 2022, Eq. 6, with w counted
+    from the unconditional model: 0 is that, 1 the conditional one), or that of a guide trained for
+    less, whose faults are avoided too (Karras et al. 2024). For t outside low ... high, where
+    guidance costs most variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:
         w = guidance_scale if low <= t <= high else min(guidance_scale, 1.0)
         times = torch.full((len(x),), t, device=x.device)
-        if w in (0, 1):
-            return denoiser(x, times, classes if w == 1 else null)
-        both = denoiser(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([classes, null]))
-        conditional, unconditional = both.chunk(2)
-        return unconditional + w * (conditional - unconditional)
+        if w == 1:
+            return denoiser(x, times, classes)
+        unconditional = (guide or denoiser)(x, times, null)
+        return unconditional if w == 0 else unconditional.lerp(denoiser(x, times, classes), w)
 
     return guided_output
 

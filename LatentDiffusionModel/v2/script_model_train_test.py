@@ -2,7 +2,8 @@
 
 Stage 1 trains a variational autoencoder that turns a 28x28 image into a Gaussian over small
 latents; stage 2 trains a class-conditional UNet to denoise such latents, by predicting v on a
-cosine schedule. Samples take a dozen steps of DPM-Solver++(2M) under classifier-free guidance.
+cosine schedule, and a guide, the same UNet trained for less, to show what to avoid. Samples take a
+dozen guided steps of DPM-Solver++(2M).
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
@@ -11,8 +12,9 @@ cosine schedule. Samples take a dozen steps of DPM-Solver++(2M) under classifier
 
 Papers: variational autoencoders (Kingma & Welling 2014, arXiv 1312.6114); latent diffusion (Rombach
 et al. 2022, 2112.10752); the cosine schedule (Nichol & Dhariwal 2021, 2102.09672); v-prediction
-(Salimans & Ho 2022, 2202.00512); classifier-free guidance (Ho & Salimans 2022, 2207.12598) in an
-interval (Kynkäänniemi et al. 2024, 2404.07724); DPM-Solver++ (Lu et al. 2022, 2211.01095).
+(Salimans & Ho 2022, 2202.00512); guidance (Ho & Salimans 2022, 2207.12598; Karras et al. 2024,
+2406.02507) in an interval (Kynkäänniemi et al. 2024, 2404.07724); DPM-Solver++ (Lu et al. 2022,
+2211.01095).
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Config:
     latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
     kl_weight: float = option(0.2, "weight of the KL divergence, in the ELBO 1", 0.0, 100.0)
     # stage 2: the diffusion
-    epochs: int = option(8, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
+    guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=25, quick=1, resume="keep")
+    epochs: int = option(7, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
@@ -112,23 +115,23 @@ def v_prediction_loss(
 
 
 def guided(
-    denoiser: nn.Module, classes: Tensor, guidance_scale: float,
-    low: float = -math.inf, high: float = math.inf,
+    denoiser: nn.Module, classes: Tensor, guidance_scale: float, low: float = -math.inf,
+    high: float = math.inf, guide: nn.Module | None = None,
 ) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
     """Returns f(x, t) = u + w (c - u), c the denoiser's output for class weights `classes` (B, 11)
-    and u its output for none (Ho & Salimans 2022, Eq. 6, with w counted from the unconditional
-    model: 0 is that, 1 the conditional one). For t outside low ... high, where guidance costs most
-    variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
+    and u for none: its own (classifier-free guidance, Ho & Salimans 2022, Eq. 6, with w counted
+    from the unconditional model: 0 is that, 1 the conditional one), or that of a guide trained for
+    less, whose faults are avoided too (Karras et al. 2024). For t outside low ... high, where
+    guidance costs most variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:
         w = guidance_scale if low <= t <= high else min(guidance_scale, 1.0)
         times = torch.full((len(x),), t, device=x.device)
-        if w in (0, 1):
-            return denoiser(x, times, classes if w == 1 else null)
-        both = denoiser(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([classes, null]))
-        conditional, unconditional = both.chunk(2)
-        return unconditional + w * (conditional - unconditional)
+        if w == 1:
+            return denoiser(x, times, classes)
+        unconditional = (guide or denoiser)(x, times, null)
+        return unconditional if w == 0 else unconditional.lerp(denoiser(x, times, classes), w)
 
     return guided_output
 
@@ -178,7 +181,7 @@ def sample(
     times = sampling_times(steps or config.sampling_steps)
     alpha_bars = cosine_alpha_bars()[times].tolist()
     interval = config.guidance_low, config.guidance_high
-    predict_v = guided(models.diffusion, classes, config.guidance_scale, *interval)
+    predict_v = guided(models.diffusion, classes, config.guidance_scale, *interval, models.guide)
 
     def predict_x0(x: Tensor, i: int) -> Tensor:
         return x0_of_v(x, predict_v(x, times[i]), alpha_bars[i])
@@ -377,10 +380,10 @@ def state_shape(config: Config) -> tuple[int, int, int]:
 
 
 def build_networks(config: Config) -> dict[str, nn.Module]:
-    """What each stage trains."""
+    """What each stage trains: the guide is the denoiser, trained for less."""
     autoencoder = VariationalAutoencoder(config.latent_channels, config.autoencoder_width)
-    denoiser = ConditionalLatentUNet(config.latent_channels, config.width)
-    return {"autoencoder": autoencoder, "diffusion": denoiser}
+    denoiser = partial(ConditionalLatentUNet, config.latent_channels, config.width)
+    return {"autoencoder": autoencoder, "diffusion": denoiser(), "guide": denoiser()}
 
 
 def draw_latents(posteriors: Tensor, rng: Rng) -> Tensor:
@@ -390,7 +393,7 @@ def draw_latents(posteriors: Tensor, rng: Rng) -> Tensor:
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    """Trains the autoencoder, then the diffusion on the posteriors of the averaged autoencoder."""
+    """Trains the autoencoder; then the guide and the diffusion, on its average's posteriors."""
     config, autoencoder = run.config, models.autoencoder
     run.train(
         "autoencoder",
@@ -405,22 +408,18 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
     )
     posteriors = once(autoencoder.posterior, data.train_images)
     held_out = once(autoencoder.posterior, data.validation_images)
-    if not run.begun("diffusion"):  # the diffusion's noise has variance 1, so must its data
+    if not run.begun("guide"):  # the diffusion's noise has variance 1, so must its data
         autoencoder.set_statistics(posteriors)
 
     def loss(denoiser: nn.Module, posteriors: Tensor, labels: Tensor, rng: Rng) -> Tensor:
         latents, dropout = draw_latents(posteriors, rng), config.class_dropout
         return v_prediction_loss(denoiser, latents, labels, rng, class_dropout=dropout)
 
-    run.train(
-        "diffusion",
-        loss,
-        (autoencoder.standardise(posteriors), data.train_labels),
-        (autoencoder.standardise(held_out), data.validation_labels),
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-    )
+    train_set = autoencoder.standardise(posteriors), data.train_labels
+    what = loss, train_set, (autoencoder.standardise(held_out), data.validation_labels)
+    how = {"batch_size": config.batch_size, "learning_rate": config.learning_rate}
+    run.train("guide", *what, epochs=config.guide_epochs, **how)
+    run.train("diffusion", *what, epochs=config.epochs, **how)
 
 
 def embed(models: Models, images: Tensor) -> Tensor:

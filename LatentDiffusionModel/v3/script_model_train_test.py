@@ -2,9 +2,9 @@
 
 Stage 1 trains an autoencoder that turns a 28x28 image into a small latent. Stage 2 trains its
 decoder on against a discriminator, which gives the images their texture. Stage 3 trains a
-class-conditional UNet to carry Gaussian noise to such latents along straight lines. Sampling
-integrates the learnt velocity with Euler's or Heun's method under classifier-free guidance, and
-decodes the result.
+class-conditional UNet to carry Gaussian noise to such latents along straight lines, and a guide,
+the same UNet trained for less, to show what to avoid. Sampling integrates the guided velocity with
+Euler's or Heun's method, and decodes the result.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
@@ -14,8 +14,8 @@ decodes the result.
 
 Papers: rectified flow (Liu et al. 2022, arXiv 2209.03003) with logit-normal times (Esser et al.
 2024, 2403.03206); latent diffusion (Rombach et al. 2022, 2112.10752) with a patch discriminator
-(Isola et al. 2017, 1611.07004); classifier-free guidance (Ho & Salimans 2022, 2207.12598) in an
-interval (Kynkäänniemi et al. 2024, 2404.07724); channel attention (Hu et al. 2018, 1709.01507).
+(Isola et al. 2017, 1611.07004); guidance (Ho & Salimans 2022, 2207.12598; Karras et al. 2024,
+2406.02507) in an interval (Kynkäänniemi et al. 2024, 2404.07724).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Config:
     discriminator_width: int = option(64, "channels", 8, 512, multiple=8, quick=8)
     adversarial_weight: float = option(0.05, "weight of realism beside error", 0.0, 100.0)
     # stage 3: the diffusion
-    epochs: int = option(8, "epochs of stage 3", 1, 100_000, gpu=200, quick=2, resume="keep")
+    guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=15, quick=1, resume="keep")
+    epochs: int = option(6, "epochs of stage 3", 1, 100_000, gpu=200, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
@@ -98,23 +99,23 @@ def rectified_flow_loss(
 
 
 def guided(
-    denoiser: nn.Module, classes: Tensor, guidance_scale: float,
-    low: float = -math.inf, high: float = math.inf,
+    denoiser: nn.Module, classes: Tensor, guidance_scale: float, low: float = -math.inf,
+    high: float = math.inf, guide: nn.Module | None = None,
 ) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
     """Returns f(x, t) = u + w (c - u), c the denoiser's output for class weights `classes` (B, 11)
-    and u its output for none (Ho & Salimans 2022, Eq. 6, with w counted from the unconditional
-    model: 0 is that, 1 the conditional one). For t outside low ... high, where guidance costs most
-    variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
+    and u for none: its own (classifier-free guidance, Ho & Salimans 2022, Eq. 6, with w counted
+    from the unconditional model: 0 is that, 1 the conditional one), or that of a guide trained for
+    less, whose faults are avoided too (Karras et al. 2024). For t outside low ... high, where
+    guidance costs most variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:
         w = guidance_scale if low <= t <= high else min(guidance_scale, 1.0)
         times = torch.full((len(x),), t, device=x.device)
-        if w in (0, 1):
-            return denoiser(x, times, classes if w == 1 else null)
-        both = denoiser(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([classes, null]))
-        conditional, unconditional = both.chunk(2)
-        return unconditional + w * (conditional - unconditional)
+        if w == 1:
+            return denoiser(x, times, classes)
+        unconditional = (guide or denoiser)(x, times, null)
+        return unconditional if w == 0 else unconditional.lerp(denoiser(x, times, classes), w)
 
     return guided_output
 
@@ -145,7 +146,7 @@ def sample(
     """States and guesses, noise (B, C, 7, 7) to latents, for class weights `classes` (B, 11)."""
     config = models.config
     interval = config.guidance_low / 1000, config.guidance_high / 1000
-    velocity = guided(models.diffusion, classes, config.guidance_scale, *interval)
+    velocity = guided(models.diffusion, classes, config.guidance_scale, *interval, models.guide)
     return integrate(velocity, noise, steps or config.sampling_steps, config.sampler)
 
 
@@ -155,7 +156,7 @@ def sample(
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze-and-excitation (Hu et al. 2018, Eq. 2-4, with SiLU): a gate per channel."""
+    """Squeeze-and-excitation (Hu et al. 2018, 1709.01507, Eq. 2-4, with SiLU): a gate per channel."""
 
     def __init__(self, channels: int, reduction: int = 4):
         super().__init__()
@@ -385,19 +386,20 @@ def state_shape(config: Config) -> tuple[int, int, int]:
 
 
 def build_networks(config: Config) -> dict[str, nn.Module]:
-    """What each stage trains."""
+    """What each stage trains: the guide is the denoiser, trained for less."""
     autoencoder = Autoencoder(config.latent_channels, config.autoencoder_width)
     discriminator = patch_discriminator(config.discriminator_width)
     players = {"decoder": copy.deepcopy(autoencoder.decoder), "discriminator": discriminator}
-    denoiser = LatentUNet(config.latent_channels, config.width)
-    return {"autoencoder": autoencoder, "decoder": nn.ModuleDict(players), "diffusion": denoiser}
+    denoiser = partial(LatentUNet, config.latent_channels, config.width)
+    autoencoders = {"autoencoder": autoencoder, "decoder": nn.ModuleDict(players)}
+    return {**autoencoders, "guide": denoiser(), "diffusion": denoiser()}
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
     """Trains the autoencoder, then its decoder, then the flow, each on the averages of the last."""
     config, autoencoder = run.config, models.autoencoder
-    rates = {"learning_rate": config.autoencoder_learning_rate}
-    rates["batch_size"] = config.autoencoder_batch_size
+    how = {"learning_rate": config.autoencoder_learning_rate}
+    how["batch_size"] = config.autoencoder_batch_size
     run.train(
         "autoencoder",
         partial(reconstruction_loss, latent_noise=config.latent_noise),
@@ -405,7 +407,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         (data.validation_images,),
         epochs=config.autoencoder_epochs,
         muon_learning_rate=config.autoencoder_muon_learning_rate,
-        **rates,
+        **how,
     )
     raw = once(autoencoder.raw_encode, data.train_images)
     if not run.begun("decoder"):
@@ -423,17 +425,16 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         (once(autoencoder.raw_encode, data.validation_images), data.validation_images),
         epochs=config.decoder_epochs,
         after_epoch=partial(save_reconstructions, models, data, run.output),
-        **rates,
+        **how,
     )
-    run.train(
-        "diffusion",
+    what = (
         partial(rectified_flow_loss, class_dropout=config.class_dropout),
         (once(autoencoder.encode, data.train_images), data.train_labels),
         (once(autoencoder.encode, data.validation_images), data.validation_labels),
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
     )
+    how = {"batch_size": config.batch_size, "learning_rate": config.learning_rate}
+    run.train("guide", *what, epochs=config.guide_epochs, **how)
+    run.train("diffusion", *what, epochs=config.epochs, **how)
 
 
 def embed(models: Models, images: Tensor) -> Tensor:
