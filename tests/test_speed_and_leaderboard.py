@@ -154,7 +154,7 @@ def test_a_sampler_counts_evaluations_and_parameters(untrained_v3):
     parts = stored.autoencoder.encoder, stored.decoder["decoder"], stored.guide, stored.diffusion
     assert sampler.parameters == sum(map(speed.parameter_count, parts))
     for changes, expected, words in (
-        ({}, 18, "heun, 6 steps, guidance 3.5"),  # guidance's two evaluations count as two
+        ({}, 18, "heun, 6 steps, guidance 2.75"),  # guidance's two evaluations count as two
         ({"guidance_scale": 1.0, "sampler": "euler"}, 6, "euler, 6 steps, guidance 1"),
         ({"guidance_scale": 0.0, "sampling_steps": 5}, 10, "heun, 5 steps, guidance 0"),
     ):
@@ -279,7 +279,7 @@ def test_the_report_of_a_version(quick_flags, tiny_data_dir, monkeypatch, capsys
     assert len(re.findall(step, out)) == 3
     against = r"[\d.]+x with 0 workers \([\d.]+ ms\), [\d.]+x with \d+ workers"
     assert re.search(f"input pipeline, .* {against}", out)
-    sampler = r"\(heun, 6 steps, guidance 3.5 from 750 to 200: 18 evaluations an image\)"
+    sampler = r"\(heun, 6 steps, guidance 2.75 from 750 to 200: 18 evaluations an image\)"
     assert re.search(rf"1,000 images: [\d.]+ s {sampler}", out)
     assert "GIFs and path figures: 2 s" in out
     against = "the diffusion step; 1,000 images .* the version's"
@@ -367,7 +367,7 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
         seconds = [float(each["seconds"]) for each in csv.DictReader(file)]
     assert row["epochs"] == {"autoencoder": 1, "decoder": 1, "diffusion": 1}
     assert row["training_seconds"] == pytest.approx(sum(seconds))
-    assert row["sampler"] == "heun, 6 steps, guidance 3.5 from 750 to 200"
+    assert row["sampler"] == "heun, 6 steps, guidance 2.75 from 750 to 200"
     assert row["evaluations"] == 18
     assert row["seconds_per_1000_images"] > 0 and row["parameters"] > 0
 

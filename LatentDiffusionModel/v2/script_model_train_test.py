@@ -55,7 +55,7 @@ class Config:
     kl_weight: float = option(0.2, "weight of the KL divergence, in the ELBO 1", 0.0, 100.0)
     # stage 2: the diffusion
     guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=25, quick=1, resume="keep")
-    epochs: int = option(7, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
+    epochs: int = option(8, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
@@ -63,7 +63,7 @@ class Config:
     ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples
     sampling_steps: int = option(12, "steps of DPM-Solver++(2M)", 1, 1000, resume="keep")
-    guidance_scale: float = option(3.5, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    guidance_scale: float = option(2.5, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: int = option(150, "t where guidance ends", 0, 1000, resume="keep")
     guidance_high: int = option(800, "t where guidance begins", 0, 1000, resume="keep")
 

@@ -69,7 +69,7 @@ class Config:
     # samples
     sampler: str = option("heun", "ODE solver", choices=("euler", "heun"), resume="keep")
     sampling_steps: int = option(6, "steps, Heun's of two evaluations", 1, 1000, resume="keep")
-    guidance_scale: float = option(3.5, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    guidance_scale: float = option(2.75, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: int = option(200, "t where guidance ends", 0, 1000, resume="keep")
     guidance_high: int = option(750, "t where guidance begins", 0, 1000, resume="keep")
 
