@@ -244,7 +244,7 @@ def test_a_training_that_was_cut_off_goes_on_without_samples_of_older_runs(
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an older run")
     module = script_runs.load_without_figures(SCRIPT_V3)
-    script_runs.interrupt_at_step(monkeypatch, module, 12 + 4)  # in the diffusion's second epoch
+    script_runs.interrupt_at_step(monkeypatch, module, 18 + 4)  # in the diffusion's second epoch
     with monkeypatch.context() as patch:
         patch.setattr(across.speed, "load_script", lambda path: module)
         status, files = across.train(SCRIPT_V3, tiny_flags, tmp_path, 100)

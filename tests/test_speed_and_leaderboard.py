@@ -276,7 +276,7 @@ def test_the_report_of_a_version(quick_flags, tiny_data_dir, monkeypatch, capsys
     speed.main([V3, *arguments, "--data-dir", str(tiny_data_dir)])
     out = capsys.readouterr().out
     step = r"training step, \w+, batch \d+: [\d.]+ ms, [\d.]+x the bare step \([\d.]+ ms\)"
-    assert len(re.findall(step, out)) == 3
+    assert len(re.findall(step, out)) == 4
     against = r"[\d.]+x with 0 workers \([\d.]+ ms\), [\d.]+x with \d+ workers"
     assert re.search(f"input pipeline, .* {against}", out)
     sampler = r"\(heun, 6 steps, guidance 2.75 from 750 to 200: 18 evaluations an image\)"
@@ -365,7 +365,7 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
     row = rows[V3]
     with (board.output / "metrics.csv").open() as file:
         seconds = [float(each["seconds"]) for each in csv.DictReader(file)]
-    assert row["epochs"] == {"autoencoder": 1, "decoder": 1, "diffusion": 1}
+    assert row["epochs"] == {"autoencoder": 1, "decoder": 1, "guide": 1, "diffusion": 1}
     assert row["training_seconds"] == pytest.approx(sum(seconds))
     assert row["sampler"] == "heun, 6 steps, guidance 2.75 from 750 to 200"
     assert row["evaluations"] == 18
@@ -382,7 +382,7 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
     assert f"| {' | '.join(eyes)} | {row['coverage']:.3f} |" in line
     assert line.startswith("| [v3](Lat") and line.count("|") == 6 + 1
     sizes, scored = (line for line in all_columns.splitlines() if V3 in line)
-    assert "| 1 + 1 + 1 |" in sizes and f"(../../{V3})" in sizes
+    assert "| 1 + 1 + 1 + 1 |" in sizes and f"(../../{V3})" in sizes
     assert f"{row['fmd']:.3f} ± {row['fmd_spread']:.3f}" in scored
     assert f"{row['swd_percent_of_blur']:.1f}%" in scored and f"{row['detail']:.3f}" in scored
     others = len(leaderboard.LADDER) - 1

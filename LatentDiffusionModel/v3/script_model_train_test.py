@@ -156,7 +156,7 @@ def sample(
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze-and-excitation (Hu et al. 2018, 1709.01507, Eq. 2-4, with SiLU): a gate per channel."""
+    """Squeeze-and-excitation (Hu et al. 2018, 1709.01507, Eq. 2-4, SiLU): a gate per channel."""
 
     def __init__(self, channels: int, reduction: int = 4):
         super().__init__()
