@@ -345,6 +345,22 @@ def test_loss_curves_count_epochs_in_whole_numbers_even_where_there_is_one(
         assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
 
 
+def test_beside_curves_a_single_epoch_is_written_not_drawn(script_v3, monkeypatch, tmp_path):
+    figures = watch(monkeypatch, script_v3, "save_figure")
+    history = [dict(row) for row in HISTORY if row["stage"] == "diffusion" or row["epoch"] == 1]
+    script_v3.save_loss_curves(history, tmp_path / "loss_curves.png")
+    figure = figures[0].figure
+    assert {axes.get_title() for axes in figure.axes} == {"diffusion"}
+    lines = figure.get_supxlabel().splitlines()
+    single = [row for row in history if row["stage"] != "diffusion"]
+    wanted = [(row["stage"], part) for row in single for part in row["train_parts"]]
+    for line, (stage, part) in zip(lines, wanted, strict=True):
+        [row] = [row for row in single if row["stage"] == stage]
+        numbers = row["train_parts"][part], row["validation_parts"][part]
+        form = "{}, one epoch: {} {:.4f}, validation {:.4f}"
+        assert line == form.format(stage, part, *numbers)
+
+
 # The grids
 
 

@@ -1438,7 +1438,8 @@ def save_grid(
 
 
 def save_loss_curves(history: list[dict], path: Path) -> None:
-    """Training and validation loss by epoch, each part of a stage's loss by itself."""
+    """Training and validation loss by epoch, each part of a stage's loss by itself. What has one
+    epoch so far is written below the others' curves."""
     panels: dict[tuple[str, str], list[tuple]] = {}
     for row in history:
         training = row.get("train_parts") or {"loss": row["train_loss"]}
@@ -1448,10 +1449,16 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
             points.append((row["epoch"], value, validation[part]))
     if not panels:
         return
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(8.4, 0.4 + 2.8 * rows), layout="constrained")
-    for number, ((stage, part), points) in enumerate(panels.items(), 1):
+    drawn = {key: points for key, points in panels.items() if len(points) > 1} or panels
+    single = [
+        f"{stage}, one epoch: {part} {points[0][1]:.4f}, validation {points[0][2]:.4f}"
+        for (stage, part), points in panels.items()
+        if (stage, part) not in drawn
+    ]
+    columns = min(3, len(drawn))
+    rows = math.ceil(len(drawn) / columns)
+    figure = Figure(figsize=(8.4, 0.4 + 2.8 * rows + 0.2 * len(single)), layout="constrained")
+    for number, ((stage, part), points) in enumerate(drawn.items(), 1):
         axes = figure.add_subplot(rows, columns, number)
         epochs, *curves = zip(*points)
         for curve, name in zip(curves, ("training", "validation, averaged weights")):
@@ -1461,6 +1468,7 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.supxlabel("\n".join(single), fontsize="medium")
     save_figure(figure, path)
 
 
