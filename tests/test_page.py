@@ -30,7 +30,7 @@ from PIL import Image
 from sklearn.manifold import TSNE
 
 from conftest import load_script
-from script_runs import CLASSES, EXPERIMENTS, SCRIPT_V3, flags, run
+from script_runs import CLASSES, EXPERIMENTS, SCRIPT_V3, STEPS, flags, run
 
 [CNN] = [each for each in EXPERIMENTS if each.name.endswith("CNN")]
 FOLDER = "a <script>document.title=1<", "script> & <b>"  # its path holds </script>
@@ -268,7 +268,7 @@ def test_metrics_are_those_of_the_file(finished, seen):
     with open(finished.moved / "metrics.csv", newline="") as file:
         rows = list(csv.reader(file))
     [table] = [table for table in seen.tables if table[0] == rows[0]]
-    assert len(table) == len(rows) == 8
+    assert len(table) == len(rows) == 10
     for shown, row in zip(table[1:], rows[1:]):
         assert shown[0] == row[0]
         np.testing.assert_allclose([*map(float, shown[1:])], [*map(float, row[1:])], rtol=1e-4)
@@ -376,7 +376,7 @@ def test_page_fits_a_phone(browse, finished):
 def test_page_is_whole_and_up_to_date_after_every_epoch(finished):
     states = [html.unescape(re.search("<p>(.*?)</p>", text)[1]) for text, _ in finished.pages]
     last = list(dict.fromkeys(re.search(r"epoch \d+ of \d+ of \w+", text)[0] for text in states))
-    epochs = [f"epoch {n} of 2 of {stage}" for stage in ("autoencoder", "decoder") for n in (1, 2)]
+    epochs = [f"epoch {n} of 2 of {stage}" for stage in [*STEPS][:-1] for n in (1, 2)]
     assert last == epochs + [f"epoch {n} of 3 of diffusion" for n in (1, 2, 3)]
     for text, there in finished.pages:
         assert text.rstrip().endswith("</script>")
