@@ -31,7 +31,7 @@ from script_runs import (
 
 pytestmark = on_v3
 
-# One step a stage, so three saves a run.
+# One step a stage, so four saves a run.
 SHORT = {"train_images": 16, "epochs": 1}
 SHORT |= dict.fromkeys(("autoencoder_epochs", "decoder_epochs", "guide_epochs"), 1)
 
@@ -98,7 +98,7 @@ def test_kill_at_any_file_operation_of_a_save(module, short, tiny_data_dir, tmp_
     """At every moment from the end of the first save on one checkpoint is whole, and a rerun goes
     on from it."""
     expected, names = short
-    first_save, second_save, *_ = saves(names)
+    first_save, second_save, _, _ = saves(names)
     assert second_save - first_save >= 10
     for number in range(first_save - 1, len(names)):
         output = tmp_path / str(number)

@@ -207,7 +207,10 @@ FIGURES = {
     "s per 1,000 images": ("seconds_per_1000_images", 1),
     "FMD": ("fmd", 1),
     "FMD, of blur": ("percent_of_blur", 1),
+    "FMD of blur": ("percent_of_blur", 1),
     "SWD, of blur": ("swd_percent_of_blur", 1),
+    "SWD of blur": ("swd_percent_of_blur", 1),
+    "random features, of blur": ("fd_random_percent_of_blur", 1),
     "worst of blur": ("worst_percent_of_blur", 1),
     "detail": ("detail", 1),
     "coverage": ("coverage", 1),
@@ -248,14 +251,16 @@ def test_its_figures_are_those_of_the_leaderboard(readme):
     board = json.loads(read(REPOSITORY / "tests" / "benchmarks" / "leaderboard.json"))
     rows = {row["version"].split("/")[1]: row for row in board["versions"]}
     unconditional = rows.get(readme.parent.name, {}).get("accuracy", 1) is None
-    rows["real training images"] = board["floors"][unconditional] | {"copying": None}
+    rows["real training images"] = board["floors"][unconditional]
+    compared = 0
     for name, of, text in stated_figures(readme):
         key, unit = FIGURES.get(of, (None, 1))
         stated = re.match(r"([\d.]+)\D*?(?:± ([\d.]+).*)?$", text.split("(")[0].strip())
-        if name not in rows or key is None or not stated:
+        if name not in rows or key is None or not stated or "unseen" in text:
             continue
         for figure, value in zip(stated.groups(), (key, f"{key}_spread")):
-            measured = rows[name].get(value)
-            if figure and measured is not None:
-                decimals = len(figure.partition(".")[2])
-                assert figure == f"{unit * measured:.{decimals}f}", (name, of)
+            measured, decimals = rows[name].get(value), len((figure or "").partition(".")[2])
+            wanted = measured and f"{unit * measured:.{decimals}f}"
+            assert not figure or figure == wanted, (name, of)
+            compared += 1
+    assert compared >= 9 or readme.parent.name not in rows

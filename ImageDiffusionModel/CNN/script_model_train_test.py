@@ -1438,8 +1438,8 @@ def save_grid(
 
 
 def save_loss_curves(history: list[dict], path: Path) -> None:
-    """Training and validation loss by epoch, each part of a stage's loss by itself. What has one
-    epoch so far is written below the others' curves."""
+    """Training and validation loss by epoch, each part of a stage's loss by itself. A loss of one
+    epoch is written below the curves, once there are curves."""
     panels: dict[tuple[str, str], list[tuple]] = {}
     for row in history:
         training = row.get("train_parts") or {"loss": row["train_loss"]}

@@ -104,9 +104,9 @@ def guided(
 ) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
     """Returns f(x, t) = u + w (c - u), c the denoiser's output for class weights `classes` (B, 11)
     and u for none: its own (classifier-free guidance, Ho & Salimans 2022, Eq. 6, with w counted
-    from the unconditional model: 0 is that, 1 the conditional one), or that of a guide trained for
-    less, whose faults are avoided too (Karras et al. 2024). For t outside low ... high, where
-    guidance costs most variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
+    from u: 0 is u, 1 is c), or that of a guide trained for less, whose faults are avoided too
+    (after Karras et al. 2024, 2406.02507). For t outside low ... high, where guidance costs most
+    variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:
@@ -396,7 +396,7 @@ def build_networks(config: Config) -> dict[str, nn.Module]:
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    """Trains the autoencoder, then its decoder, then the flow, each on the averages of the last."""
+    """Trains the autoencoder; on its average the decoder, the guide and the flow."""
     config, autoencoder = run.config, models.autoencoder
     how = {"learning_rate": config.autoencoder_learning_rate}
     how["batch_size"] = config.autoencoder_batch_size
@@ -1660,8 +1660,8 @@ def save_grid(
 
 
 def save_loss_curves(history: list[dict], path: Path) -> None:
-    """Training and validation loss by epoch, each part of a stage's loss by itself. What has one
-    epoch so far is written below the others' curves."""
+    """Training and validation loss by epoch, each part of a stage's loss by itself. A loss of one
+    epoch is written below the curves, once there are curves."""
     panels: dict[tuple[str, str], list[tuple]] = {}
     for row in history:
         training = row.get("train_parts") or {"loss": row["train_loss"]}

@@ -5,8 +5,8 @@
     python tests/benchmarks/time_to_quality.py --minutes 1 --samples 200 --readme README.md
                                                            a trial, see below
     python tests/benchmarks/time_to_quality.py --peers --folder race
-                                                           can be stopped and run again: keeps the
-                                                           scores of who is done in race/
+                                                           can be stopped and run again: race/ keeps
+                                                           the scores of who is done
 
 Only training counts against the minutes, from the start of the process on, so imports and reading
 the data do too; planning, sampling and scoring don't. The table goes between markers of README.md
@@ -17,6 +17,7 @@ beside it. README.md says how the budgets are spent and what is fair in it.
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
@@ -427,7 +428,7 @@ def run_once(path, settings, reference, run):
 
     Args:
         path: of a JSON file, written once the contestant is done.
-        settings: of the race. Raises ValueError if the file is of one with others.
+        settings: of the race and the contestant. Raises ValueError if the file's are others.
         reference: to score against.
         run: takes nothing and returns points whose samples are not yet scored.
     """
@@ -442,17 +443,20 @@ def run_once(path, settings, reference, run):
         worst = leaderboard.format_score(point.scores, "worst_percent_of_blur")
         print(f"{point.model}, {point.minutes:.1f} min: {worst} of blur", flush=True)
     kept = {"settings": settings, "points": [describe(point) for point in points]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, allow_nan=False), encoding="utf-8")
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(kept, allow_nan=False), encoding="utf-8")
+    unfinished.replace(path)
     return points
 
 
 def contestants(args, versions, folder):
-    """Yield each contestant's name and what trains and samples it, in a folder of its own."""
+    """Yield each contestant's name, a text that says what it is now, and what trains and samples it
+    in a folder of its own."""
     for version, path in versions.items():
         name = version.replace("/", "_")
         (folder / name).mkdir()
-        yield name, partial(run_version, version, path, args, folder / name)
+        script = hashlib.sha256(path.read_bytes()).hexdigest()
+        yield name, script, partial(run_version, version, path, args, folder / name)
     if not args.peers:
         return
     first = next(iter(versions.values()))
@@ -467,7 +471,8 @@ def contestants(args, versions, folder):
             continue
         (folder / name).mkdir()
         size = None if peer.own_size else parameters
-        yield name, partial(run_peer, name, size, args, folder / name)
+        release = f"{speed.installed(peer.package)}, {size} parameters"
+        yield name, release, partial(run_peer, name, size, args, folder / name)
 
 
 def main(argv=None, repository=speed.REPOSITORY):
@@ -482,9 +487,11 @@ def main(argv=None, repository=speed.REPOSITORY):
         settings = {key: getattr(args, key) for key in ("minutes", "samples", "marks")}
         settings |= {"batch": args.peer_batch_size, "machine": speed.hardware(device)}
         with tempfile.TemporaryDirectory() as scratch:
-            folder = args.folder or Path(scratch)
-            for name, run in contestants(args, versions, Path(scratch)):
-                points += run_once(folder / f"{name}.json", settings, reference, run)
+            folder = (args.folder or Path(scratch)).expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, what, run in contestants(args, versions, Path(scratch)):
+                own = settings | {"contestant": what}
+                points += run_once(folder / f"{name}.json", own, reference, run)
                 text = format_points(points, floors, args, device)
                 save_plot(points, floors, args.readme.with_name("time_to_quality.png"))
                 save_json(points, floors, args.readme.with_name("time_to_quality.json"))
