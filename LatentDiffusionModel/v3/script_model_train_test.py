@@ -398,8 +398,8 @@ def build_networks(config: Config) -> dict[str, nn.Module]:
 def train_stages(run: Run, models: Models, data: Data) -> None:
     """Trains the autoencoder; on its average the decoder, the guide and the flow."""
     config, autoencoder = run.config, models.autoencoder
-    how = {"learning_rate": config.autoencoder_learning_rate}
-    how["batch_size"] = config.autoencoder_batch_size
+    rates = {"learning_rate": config.autoencoder_learning_rate}
+    rates["batch_size"] = config.autoencoder_batch_size
     run.train(
         "autoencoder",
         partial(reconstruction_loss, latent_noise=config.latent_noise),
@@ -407,7 +407,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         (data.validation_images,),
         epochs=config.autoencoder_epochs,
         muon_learning_rate=config.autoencoder_muon_learning_rate,
-        **how,
+        **rates,
     )
     raw = once(autoencoder.raw_encode, data.train_images)
     if not run.begun("decoder"):
@@ -425,7 +425,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         (once(autoencoder.raw_encode, data.validation_images), data.validation_images),
         epochs=config.decoder_epochs,
         after_epoch=partial(save_reconstructions, models, data, run.output),
-        **how,
+        **rates,
     )
     what = (
         partial(rectified_flow_loss, class_dropout=config.class_dropout),
