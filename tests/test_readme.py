@@ -145,8 +145,8 @@ def test_root_readme_and_ci_run_the_same():
 def test_it_says_where_the_experiment_ends(experiment):
     readme = experiment.path.with_name("README.md")
     count = len("\n".join(halves(experiment.path)[0]).rstrip().split("\n"))
-    wanted = f"Lines 1 to {count} of the script are the experiment; below the line stands the "
-    assert f"{wanted}harness, the same in all six." in " ".join(read(readme).split())
+    wanted = f"Lines 1 to {count} of the script are the experiment; the rest is the harness, the "
+    assert f"{wanted}same in all six." in " ".join(read(readme).split())
 
 
 def default_text(field):
