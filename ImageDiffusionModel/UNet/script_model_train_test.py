@@ -451,10 +451,7 @@ except ImportError:  # Windows has no flock: two runs on one output folder are n
 
 # --- Settings and command line --------------------------------------------------------------------
 
-CLASS_NAMES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
-    "Ankle boot",
-)  # fmt: skip
+CLASS_NAMES = tuple(FashionMNIST.classes)
 TITLES = (*CLASS_NAMES, "no class")  # by label
 NULL_CLASS = len(CLASS_NAMES)
 
@@ -1075,7 +1072,6 @@ class Stage:
 
     def state(self) -> dict:
         """All that the stage needs to go on with the same bits."""
-        self.average.n_averaged.fill_(self.step)  # AveragedModel's own count
         counts = {name: getattr(self, name) for name in ("step", "loss_sums", "seconds")}
         return {name: part.state_dict() for name, part in self.parts.items()} | counts
 
@@ -1088,8 +1084,7 @@ class Stage:
         self.step, self.loss_sums = state["step"], state["loss_sums"]
         self.seconds = state["seconds"]
         if self.step > self.total_steps:
-            message = f"{self.name} has been trained for more epochs already: {self.epoch}"
-            raise ExperimentError(message)
+            raise ExperimentError(f"{self.name} has been trained for more epochs: {self.epoch}")
 
     def close_epoch(self, validation: dict[str, float]) -> dict:
         """Starts the sums of the next epoch. Returns the row of the history for this one."""
@@ -1810,7 +1805,9 @@ def save_page(models: Models, output: Path) -> None:
     """The run's page, index.html: its pictures stand beside it, by relative links, so the folder
     can be moved; it needs no network and no library. Reload it while the run goes on."""
     config, device, history, folders = models.config, models.device, models.history, {}
-    for path in [*output.glob("loss_curves.png"), *sorted(output.glob("*/*.png"))]:
+    # the loss curves of a folder in this one are another run's, such as --quick's
+    pictures = [path for path in sorted(output.glob("*/*.png")) if path.name != "loss_curves.png"]
+    for path in [*output.glob("loss_curves.png"), *pictures]:
         epoch = re.search(r"_epoch_(\d+)\.png", path.name)  # none: of the end of a stage
         file = path.relative_to(output).as_posix()
         files = folders.setdefault(file.rpartition("/")[0] or "losses", [])
