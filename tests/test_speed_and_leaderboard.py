@@ -154,15 +154,15 @@ def test_a_sampler_counts_evaluations_and_parameters(untrained_v3):
     parts = stored.autoencoder.encoder, stored.decoder["decoder"], stored.guide, stored.diffusion
     assert sampler.parameters == sum(map(speed.parameter_count, parts))
     for changes, expected, words in (
-        ({}, 18, "heun, 6 steps, guidance 2.75"),  # guidance's two evaluations count as two
-        ({"guidance_scale": 1.0, "sampler": "euler"}, 6, "euler, 6 steps, guidance 1"),
-        ({"guidance_scale": 0.0, "sampling_steps": 5}, 10, "heun, 5 steps, guidance 0"),
+        ({}, 18, "Heun, 6 steps, guidance 2.75"),  # guidance's two evaluations count as two
+        ({"guidance_scale": 1.0, "sampler": "euler"}, 6, "Euler, 6 steps, guidance 1"),
+        ({"guidance_scale": 0.0, "sampling_steps": 5}, 10, "Heun, 5 steps, guidance 0"),
     ):
         sampler.rows = sampler.count = 0
         sampler.models = stored.with_settings(**changes)
         sampler.seconds(7), sampler.seconds(3)
         assert sampler.evaluations() == expected
-        assert sampler.description() == f"{words} from 750 to 200"
+        assert sampler.description() == f"{words} from t = 750 to 200"
 
 
 def test_a_sampler_that_is_not_known_is_not_guessed(untrained_v3):
@@ -176,8 +176,8 @@ def test_a_sampler_that_is_not_known_is_not_guessed(untrained_v3):
         return sampler.description()
 
     assert described("steps, of two evaluations each") == "?, 9 steps"
-    assert described("steps of DDIM") == "ddim, 9 steps"
-    assert described("steps of DDIM", eta=0.5) == "ddim, 9 steps, eta 0.5"
+    assert described("steps of DDIM") == "DDIM, 9 steps"
+    assert described("steps of DDIM", eta=0.5) == "DDIM, 9 steps, eta 0.5"
     assert described("steps of DDIM", sampler="ancestral", eta=0.5) == "ancestral"
 
 
@@ -378,8 +378,8 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
         assert row[score] == pytest.approx(np.mean(values))
         assert row[f"{score}_spread"] == pytest.approx(np.std(values, ddof=1), abs=1e-9)
     line = next(line for line in readme.splitlines() if V3 in line)
-    eyes = [f"{row[f'{eye}percent_of_blur']:.1f}%" for eye in ("", "swd_")]
-    assert f"| {' | '.join(eyes)} | {row['coverage']:.3f} |" in line
+    eyes = f"{row['percent_of_blur']:.2f}% | {row['swd_percent_of_blur']:.1f}%"
+    assert f"| {eyes} | {row['coverage']:.3f} |" in line
     assert line.startswith("| [v3](Lat") and line.count("|") == 6 + 1
     sizes, scored = (line for line in all_columns.splitlines() if V3 in line)
     assert "| 1 + 1 + 1 + 1 |" in sizes and f"(../../{V3})" in sizes
@@ -454,9 +454,9 @@ def test_what_is_not_known_is_not_made_up():
     assert cells["seconds"] == "4 (y)" and cells["evaluations"] == "20"
     assert cells["version"] == "[`A/b`](A/b)" and cells["detail"] == ""  # which was not measured
     unknown = "not measured yet"
-    assert leaderboard.format_short(row) == [unknown, "4", "2.0%", unknown, "0.300"]
+    assert leaderboard.format_short(row) == [unknown, "4", "2.00%", unknown, "0.300"]
     whole = row | {"run_seconds": 690.0, "swd_percent_of_blur": 30}
-    assert leaderboard.format_short(whole) == ["11.5 min", "4", "2.0%", "30.0%", "0.300"]
+    assert leaderboard.format_short(whole) == ["11.5 min", "4", "2.00%", "30.0%", "0.300"]
     noted = row | {"note": "By two runs."}  # which is said once, below the tables
     board = {"floors": [], "versions": [noted, dict(noted), row]}
     for text in (leaderboard.format_leaderboard(board), leaderboard.format_all(board)):

@@ -32,7 +32,15 @@ import feature_extractor as fe
 import quality
 import speed
 
-LADDER = tuple(speed.find_versions())
+COURSE = (  # in the order in which the scripts are to be read
+    "ImageDiffusionModel/CNN",
+    "LatentDiffusionModel/v1",
+    "LatentDiffusionModel/v2",
+    "ImageDiffusionModel/Transformer",
+    "ImageDiffusionModel/UNet",
+    "LatentDiffusionModel/v3",
+)
+LADDER = (*COURSE, *(version for version in speed.find_versions() if version not in COURSE))
 SAMPLES = quality.REFERENCE_SIZE  # in each file: figures of other counts do not compare
 SAMPLE_FILES = ("samples.npz", "samples_seed_1.npz", "samples_seed_2.npz")
 SCORES = (
@@ -56,14 +64,6 @@ FORMS = {
     "accuracy": "{:.1%}",
     "copying": "{:.1%}",
 }
-COURSE = (  # in the order in which the scripts are to be read
-    "ImageDiffusionModel/CNN",
-    "LatentDiffusionModel/v1",
-    "LatentDiffusionModel/v2",
-    "ImageDiffusionModel/Transformer",
-    "ImageDiffusionModel/UNet",
-    "LatentDiffusionModel/v3",
-)
 SHORT = {
     "run": "whole run",
     "seconds": "s per 1,000 images",
@@ -253,17 +253,15 @@ def format_short(row):
     """The cells of the table of six columns: means alone; what is not known says so."""
     run, seconds = row.get("run_seconds"), row.get("seconds_per_1000_images")
     known = {"run": run and f"{run / 60:.1f} min", "seconds": seconds and f"{seconds:.2g}"}
-    for score, form in (("percent_of_blur", "{:.1f}%"), ("swd_percent_of_blur", "{:.1f}%")):
-        known[score] = form.format(row[score]) if score in row else None
-    known["coverage"] = f"{row['coverage']:.3f}" if "coverage" in row else None
+    for score in ("percent_of_blur", "swd_percent_of_blur", "coverage"):
+        known[score] = FORMS[score].format(row[score]) if score in row else None
     return [known[column] or "not measured yet" for column in SHORT]
 
 
 def format_leaderboard(board):
-    """The Markdown of the leaderboard in the repository's README, in the order of the course."""
-    place = {version: number for number, version in enumerate(COURSE)}
+    """The Markdown of the leaderboard in the repository's README."""
     lines = [["version", *SHORT.values()], ["---"] * (len(SHORT) + 1)]
-    for row in sorted(board["versions"], key=lambda row: place.get(row["version"], len(place))):
+    for row in board["versions"]:
         name = row["version"]
         lines.append([f"[{name.split('/')[1]}]({name})", *format_short(row)])
     for floor in board["floors"][:1]:  # the balanced one

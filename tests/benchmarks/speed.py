@@ -343,12 +343,16 @@ def sampled_parameters(networks):
     return sum(each.numel() for name, each in named if not name.startswith(unused))
 
 
+SAMPLERS = {"ddim": "DDIM", "dpm": "DPM-Solver++(2M)", "euler": "Euler", "heun": "Heun"}
+
+
 def sampler_name(config):
     """The sampler that the settings choose; where there is no choice, the one that the help of
     ``sampling_steps`` names, such as "steps of DDIM"; or "?"."""
     [steps] = [each for each in dataclasses.fields(config) if each.name == "sampling_steps"]
     found = re.fullmatch(r"steps of (\S+)", steps.metadata["help"])
-    return getattr(config, "sampler", found[1].lower() if found else "?")
+    name = getattr(config, "sampler", found[1] if found else "?")
+    return SAMPLERS.get(name, name)
 
 
 class Sampler:
@@ -391,11 +395,13 @@ class Sampler:
         steps = (
             "" if name == "ancestral" else f", {config.sampling_steps} steps"
         )  # it takes all there are
-        eta = f", eta {config.eta:g}" if name == "ddim" and hasattr(config, "eta") else ""
+        eta = f", eta {config.eta:g}" if name == "DDIM" and hasattr(config, "eta") else ""
         guidance = ""
         if hasattr(config, "guidance_scale"):
+            [high] = [x for x in dataclasses.fields(config) if x.name == "guidance_high"]
+            time = high.metadata["help"].partition(" ")[0]  # t, or sigma
             guidance = f", guidance {config.guidance_scale:g} "
-            guidance += f"from {config.guidance_high:g} to {config.guidance_low:g}"
+            guidance += f"from {time} = {config.guidance_high:g} to {config.guidance_low:g}"
         return name + steps + eta + guidance
 
 
