@@ -239,7 +239,7 @@ RIVALS |= {f"race {name}": (peer.package, peer.build) for name, peer in peers.PE
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_a_peer_trains_and_samples(name, monkeypatch):
+def test_a_peer_trains_and_samples(name, tmp_path, monkeypatch):
     """Those of the race with labels, and by their averaged weights."""
     (package, build), race = RIVALS[name], name.startswith("race")
     if not speed.installed(package):
@@ -257,8 +257,12 @@ def test_a_peer_trains_and_samples(name, monkeypatch):
         return forward(self, x, *args, **kwargs)
 
     monkeypatch.setattr(network, "forward", counted)  # of the averaged copy too
-    if race:
-        peer.load(peer.weights())
+    if race:  # by another process's weights
+        weights = peer.weights()
+        torch.save(weights, tmp_path / "weights.pt")
+        peer = build(60_000, CPU)
+        peer.load(torch.load(tmp_path / "weights.pt", weights_only=True))
+        assert all(torch.equal(weights[key], value) for key, value in peer.weights().items())
     samples = peer.sample(4)
     assert samples.shape == (4, 28, 28) and samples.dtype == torch.uint8
     assert samples.float().std() > 0
@@ -618,7 +622,7 @@ def test_peers_see_each_training_image_once_an_epoch(scored_data_dir):
 
 
 @pytest.mark.parametrize("conditional", [False, True])
-def test_a_peer_leaves_its_samples(conditional, scored_data_dir, tmp_path, monkeypatch):
+def test_a_peer_is_trained_and_then_sampled(conditional, scored_data_dir, tmp_path, monkeypatch):
     fake = peers.Peer("torch", "fake", FakePeer, conditional)
     monkeypatch.setattr(peers, "PEERS", {"torch_fake": fake})
     snapshots = [({"steps": 3}, 30.0, 3), ({"steps": 7}, 60.0, 7)]
@@ -626,17 +630,20 @@ def test_a_peer_leaves_its_samples(conditional, scored_data_dir, tmp_path, monke
     args = argparse.Namespace(
         device="cpu", data_dir=scored_data_dir, peer_batch_size=32, minutes=1, marks=2, samples=110
     )
-    time_to_quality.run_peer_process("torch_fake", 9, args, time.time(), tmp_path)
-    points = json.loads((tmp_path / "sampled.json").read_text())
-    trained = [(point["minutes"], point["trained"]) for point in points]
+    time_to_quality.train_peer_process("torch_fake", 9, args, time.time(), tmp_path)
+    points = json.loads((tmp_path / "points.json").read_text())
+    points = [time_to_quality.Point(**point) for point in points]
+    trained = [(point.minutes, point.trained) for point in points]
     assert trained == [(0.5, "3 steps of 32 images"), (1.0, "7 steps of 32 images")]
-    assert points[0]["parameters"] == 9
-    assert points[0]["model"] == f"torch {speed.installed('torch')}, fake"
+    assert points[0].model == f"torch {speed.installed('torch')}, fake"
     for point, level in zip(points, (3, 7)):
-        with np.load(tmp_path / point["samples"]) as file:
-            assert file["arr_0"].shape == (110, 28, 28, 1) and (file["arr_0"] == level).all()
+        file = tmp_path / "samples.npz"
+        time_to_quality.sample_peer("torch_fake", 9, args, tmp_path, point, file)
+        assert (point.parameters, point.sampler, point.evaluations) == (9, FakePeer.sampler, 3)
+        with np.load(file) as arrays:
+            assert arrays["arr_0"].shape == (110, 28, 28, 1) and (arrays["arr_0"] == level).all()
             labels = np.arange(110) % 10 if conditional else np.full(110, -1)
-            assert (file["arr_1"] == labels).all()
+            assert (arrays["arr_1"] == labels).all()
 
 
 def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
@@ -644,14 +651,21 @@ def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
 
     def train_version(path, flags, stage, epochs, budget, folder):
         calls.append((flags[len(quick_flags) :], stage, epochs, budget))
-        speed.make_untrained(path, quick_flags, folder / "snapshot_0")
-        return [(folder / "snapshot_0", 42.0, 1)]
+        snapshots = [(folder / f"snapshot_{k}", 4.2 * k, k) for k in range(11)]
+        for snapshot, *_ in snapshots:
+            snapshot.mkdir()
+        (folder / "output").mkdir()
+        speed.make_untrained(path, quick_flags, folder / "snapshot_10")
+        return snapshots
 
     monkeypatch.setattr(speed, "script_flags", lambda args: quick_flags)
     monkeypatch.setattr(speed, "measure_training", lambda *args: STAGES)
     monkeypatch.setattr(time_to_quality, "train_version", train_version)
     args = argparse.Namespace(minutes=10, device="cpu", samples=100)
-    [point] = time_to_quality.run_version("LatentDiffusionModel/v3", SCRIPT_V3, args, tmp_path)
+    *points, point = time_to_quality.plan_and_train_version(V3, SCRIPT_V3, args, tmp_path)
+    assert len(points) == 7
+    left = {path.name for path in tmp_path.iterdir()}  # for they are large
+    assert left == {each.snapshot for each in (*points, point)}
 
     epochs, share = time_to_quality.plan_training(STAGES, FIELDS, 600)
     images = round(55_000 * share)
@@ -660,30 +674,58 @@ def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
     names = ["--autoencoder-epochs", "--decoder-epochs", "--guide-epochs", "--epochs"]
     assert plan[::2] == [*names, "--train-images"]
     assert (name, last, budget) == ("diffusion", epochs["epochs"], 600)
-    assert point.minutes == 0.7 and point.evaluations == 18
+    assert point.minutes == 0.7
     earlier = " + ".join(str(epochs[field]) for field in FIELDS[:-1])
-    assert point.trained == f"{earlier} + 1 epochs of {images:,} images"
-    assert len(quality.read_samples(point.samples)[0]) == 100
+    assert point.trained == f"{earlier} + 10 epochs of {images:,} images"
+    file = tmp_path / "samples_of_it.npz"
+    time_to_quality.sample_version(SCRIPT_V3, args, tmp_path, point, file)
+    assert point.evaluations == 18 and point.parameters > 1000
+    assert len(quality.read_samples(file)[0]) == 100
 
 
 def test_a_race_is_scored_drawn_and_kept(scored_data_dir, tmp_path, monkeypatch, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (100, 28, 28, 1), np.uint8)
-    np.savez(tmp_path / "good.npz", fe.load_split(scored_data_dir, train=False)[0][..., None])
-    np.savez(tmp_path / "bad.npz", noise)
-    rest = 2_000_000, 1.5, "much", "euler", 12
-    runs = []
+    images = {"good": fe.load_split(scored_data_dir, train=False)[0][..., None], "bad": noise}
+    stops = ["train good", "train bad", "sample good 1", "sample bad 0"]  # once each
+    calls, marks = [], {"good": "01", "bad": "0"}
 
-    def run(name):
-        runs.append(name)
-        return [time_to_quality.Point(name, *rest, tmp_path / f"{name}.npz")]
+    def call(text):
+        calls.append(text)
+        if text in stops:
+            stops.remove(text)
+            raise KeyboardInterrupt
 
-    both = [(name, "as it is", partial(run, name)) for name in ("good", "bad")]
+    def train(name, folder):
+        assert [path.name for path in folder.iterdir()] == ["race.json"]  # of none that was cut off
+        for mark in marks[name]:
+            (folder / mark).touch()
+        call(f"train {name}")
+        return [time_to_quality.Point(name, 1.5, "much", mark) for mark in marks[name]]
+
+    def sample(name, folder, point, file):
+        assert (folder / point.snapshot).is_file()
+        call(f"sample {name} {point.snapshot}")
+        np.savez(file, images[name])
+        point.parameters, point.sampler, point.evaluations = 2_000_000, "euler", 12
+
+    def contestant(name, what="as it is"):
+        functions = (partial(each, name) for each in (train, sample))
+        return time_to_quality.Contestant(name, what, *functions)
+
+    both = [contestant("good"), contestant("bad")]
     monkeypatch.setattr(time_to_quality, "contestants", lambda *args: both)
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- time-to-quality:begin -->\nold\n<!-- time-to-quality:end -->\nb\n")
     where = [f"--data-dir={scored_data_dir}", f"--readme={readme}", "--device=cpu"]
     where += [f"--folder={tmp_path / 'race'}"]
+    for _ in range(4):
+        assert "old" in readme.read_text()
+        with pytest.raises(KeyboardInterrupt):
+            time_to_quality.main(["--samples=100", *where])
+    assert "| good |" in readme.read_text() and "| bad |" not in readme.read_text()
     time_to_quality.main(["--samples=100", *where])
+    assert calls[:4] == [*["train good"] * 2, *["train bad"] * 2]
+    assert calls[4:] == ["sample good 0", *["sample good 1"] * 2, *["sample bad 0"] * 2]
     text = readme.read_text()
     assert "old" not in text and text.startswith("a\n") and text.endswith("\nb\n")
     rows = re.findall(r"^\| ([^|]+) \|.*?((?: -?[\d.]+% \|){4}) ([\d.]+) \|", text, re.MULTILINE)
@@ -695,19 +737,60 @@ def test_a_race_is_scored_drawn_and_kept(scored_data_dir, tmp_path, monkeypatch,
         assert all(a < b < c for a, b, c in zip(*(scores[x] for x in ("good", floor, "bad"))))
     assert "| good | 2.00 M | 1.5 | much | euler: 12 |" in text and "![" in text
     rows = json.loads((tmp_path / "time_to_quality.json").read_text())
-    assert [row["model"] for row in rows] == ["good", "bad", *(f"reference: {x}" for x in floors)]
+    floors = [f"reference: {floor}" for floor in floors]
+    assert [row["model"] for row in rows] == ["good", "good", "bad", *floors]
     assert all(set(quality.METRICS) <= set(row) for row in rows)
     assert rows[0]["minutes"] == 1.5
-    assert rows[1]["worst_percent_of_blur"] == pytest.approx(scores["bad"][3], abs=0.05)
+    assert rows[2]["worst_percent_of_blur"] == pytest.approx(scores["bad"][3], abs=0.05)
     assert (tmp_path / "time_to_quality.png").read_bytes().startswith(b"\x89PNG")
 
-    time_to_quality.main(["--samples=100", *where])  # nothing runs twice
-    assert runs == ["good", "bad"] and readme.read_text() == text
+    time_to_quality.main(["--samples=100", *where])  # nothing is done twice
+    assert len(calls) == 9 and readme.read_text() == text
     for samples, what in (("101", "as it is"), ("100", "another release")):
-        both[0] = ("good", what, both[0][2])
+        both[:] = [contestant("new"), contestant("good", what)]
         with pytest.raises(SystemExit) as stop:
             time_to_quality.main([f"--samples={samples}", *where])
         assert stop.value.code == 2 and "is of a race with" in capsys.readouterr().err
+        assert len(calls) == 9  # before anyone trains
+
+
+def test_who_fails_to_train_is_left_out_and_named(tmp_path, monkeypatch):
+    def train(name, folder):
+        if name == "broken":
+            raise RuntimeError("it broke")
+        return [time_to_quality.Point(name, 1.5, "much", "mark", scores={"n": 1})]
+
+    race = [time_to_quality.Contestant(x, "", partial(train, x), None) for x in ("broken", "whole")]
+    scored = time_to_quality.run_race(race, {}, None, tmp_path)
+    assert [point.model for point in next(scored)] == ["whole"]
+    with pytest.raises(RuntimeError, match="no training of broken"):
+        next(scored)
+    (tmp_path / "other").mkdir()  # somebody's own folder is not deleted
+    with pytest.raises(ValueError, match="holds no race"):
+        time_to_quality.read_points({}, tmp_path / "other")
+
+
+def test_who_takes_part(quick_flags, tmp_path, monkeypatch):
+    fakes = {name: peers.Peer("torch", "fake", FakePeer) for name in ("fake", "absent", "own")}
+    fakes["absent"] = fakes["absent"]._replace(package="no such library")
+    fakes["own"] = fakes["own"]._replace(own_size=True)
+    monkeypatch.setattr(peers, "PEERS", fakes)
+    monkeypatch.setattr(speed, "script_flags", lambda args: quick_flags)
+    args = argparse.Namespace(peers=True, device="cpu")
+    version, fake, own = time_to_quality.contestants(args, {V3: SCRIPT_V3}, tmp_path)
+    assert [each.name for each in (version, fake, own)] == [V3.replace("/", "_"), "fake", "own"]
+    assert version.train.func is time_to_quality.plan_and_train_version
+    assert version.sample.func is time_to_quality.sample_version
+    assert fake.train.func is time_to_quality.train_peer_apart
+    assert fake.sample.func is time_to_quality.sample_peer
+    size = speed.Sampler(SCRIPT_V3, tmp_path / "first", "cpu").parameters
+    assert fake.train.args[:2] == fake.sample.args[:2] == ("fake", size)
+    assert own.train.args[1] is None and f"{size} parameters" in fake.what
+
+
+def test_a_peer_that_fails_is_not_passed_over(tmp_path):
+    with pytest.raises(RuntimeError, match="nobody ended with status 1"):
+        time_to_quality.train_peer_apart("nobody", 9, argparse.Namespace(device="cpu"), tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--samples", "99"], ["--marks", "0"]])

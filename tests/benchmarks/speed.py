@@ -376,11 +376,16 @@ class Sampler:
     def _count_rows(self, module, args, output):
         self.rows += len(output)
 
+    def export(self, count, folder):
+        """Write samples.npz of ``count`` images into a folder."""
+        self.count += count
+        with calls_of(self.script):
+            self.script.export_samples(self.models, count, Path(folder))
+
     def seconds(self, count):
         """Seconds that ``count`` images take, decoded, without writing them to a file."""
-        self.count += count
-        with tempfile.TemporaryDirectory() as folder, calls_of(self.script):
-            self.script.export_samples(self.models, count, Path(folder))
+        with tempfile.TemporaryDirectory() as folder:
+            self.export(count, folder)
         return self.times[-1]
 
     def evaluations(self):

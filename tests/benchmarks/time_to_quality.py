@@ -6,12 +6,13 @@
                                                            a trial, see below
     python tests/benchmarks/time_to_quality.py --peers --folder race
                                                            can be stopped and run again: race/ keeps
-                                                           the scores of who is done
+                                                           what each has learned, and the scores
 
 Only training counts against the minutes, from the start of the process on, so imports and reading
-the data do too; planning, sampling and scoring don't. The table goes between markers of README.md
-beside this file, or of the file that --readme names, which must hold the markers; plot and JSON go
-beside it. README.md says how the budgets are spent and what is fair in it.
+the data do too. Planning doesn't, nor do sampling and scoring, which follow when all contestants
+have trained, and need no idle machine. The table goes between markers of README.md beside this
+file, or of the file that --readme names, which must hold the markers; plot and JSON go beside it.
+README.md says how the budgets are spent and what is fair in it.
 """
 
 import argparse
@@ -22,12 +23,15 @@ import json
 import math
 import multiprocessing
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,16 +54,31 @@ PILOT_STEPS = 40
 
 @dataclasses.dataclass
 class Point:
-    """Samples of one contestant after some training."""
+    """A contestant after some training; what its samples are worth, once there are any."""
 
     model: str
-    parameters: int
     minutes: float  # of training, from the start of its process
     trained: str  # how much, in words
-    sampler: str
-    evaluations: float  # of the denoiser, an image
-    samples: Path | None  # None once they are scored and gone
+    snapshot: str  # the file or folder, in the contestant's own, that holds what it had learned
+    # known once there are samples:
+    parameters: int = 0
+    sampler: str = ""
+    evaluations: float = 0.0  # of the denoiser, an image
     scores: dict = dataclasses.field(default_factory=dict)  # of ``quality.score_against``
+
+
+class Contestant(NamedTuple):
+    """Who takes part.
+
+    ``train`` takes a folder and returns points, whose snapshots lie in the folder. ``sample`` takes
+    the folder, a point and the path of a file; it writes the samples there, in the form that
+    ``quality.py`` reads, and the sampler's description into the point.
+    """
+
+    name: str
+    what: str  # a release, or a script's hash: another one cannot go on in its place
+    train: Callable
+    sample: Callable
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,8 +197,8 @@ def thin(items, most):
     return [items[index] for index in chosen]
 
 
-def run_version(version, path, args, folder):
-    """Plan, train and sample a version: a list of ``Point``, the samples not yet scored."""
+def plan_and_train_version(version, path, args, folder):
+    """Plan and train a version: a list of ``Point``."""
     flags = speed.script_flags(args)
     script = speed.load_script(path)
     images = script.Settings().train_images
@@ -191,28 +210,25 @@ def run_version(version, path, args, folder):
     snapshots = train_version(
         path, [*flags, *plan], stages[-1].name, last, 60 * args.minutes, folder
     )
-    if not snapshots:
-        print(f"{version}: no samples within {args.minutes:g} minutes", file=sys.stderr)
+    chosen = thin(snapshots, MOST_SNAPSHOTS)
+    kept = [snapshot for snapshot, *_ in chosen]
+    for spare in (folder / "output", *(each for each, *_ in snapshots if each not in kept)):
+        shutil.rmtree(spare)
     points = []
-    for snapshot, seconds, done in thin(snapshots, MOST_SNAPSHOTS):
-        command = [sys.executable, path, *flags, "--output-dir", snapshot]
-        command += ["--sample-only", "--export-samples", args.samples]
-        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
-        sampler = speed.Sampler(path, snapshot, args.device)
-        sampler.seconds(10)  # counts the evaluations
+    for snapshot, seconds, done in chosen:
         counts = " + ".join(map(str, [*earlier, done]))
-        points.append(
-            Point(
-                model=version,
-                parameters=sampler.parameters,
-                minutes=seconds / 60,
-                trained=f"{counts} epochs of {round(share * images):,} images",
-                sampler=sampler.description(),
-                evaluations=sampler.evaluations(),
-                samples=snapshot / "samples.npz",
-            )
-        )
+        trained = f"{counts} epochs of {round(share * images):,} images"
+        points.append(Point(version, seconds / 60, trained, snapshot.name))
     return points
+
+
+def sample_version(path, args, folder, point, file):
+    """Sample a version, see ``Contestant``."""
+    sampler = speed.Sampler(path, folder / point.snapshot, args.device)
+    sampler.export(args.samples, folder)
+    (folder / "samples.npz").replace(file)
+    point.parameters, point.sampler = sampler.parameters, sampler.description()
+    point.evaluations = sampler.evaluations()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,47 +267,55 @@ def train_peer(peer, batches, started, budget, marks):
     return snapshots
 
 
-def run_peer_process(name, parameters, args, started, folder):
-    """Train and sample a peer, in a process of its own; leaves sampled.json and samples."""
+def build_peer(name, parameters, args):
+    """A peer of ``peers.PEERS``; the global generator starts over."""
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    entry = peers.PEERS[name]
-    peer = entry.build(parameters, device)
-    batches = training_batches(args.data_dir, args.peer_batch_size, device)
+    return peers.PEERS[name].build(parameters, torch.device(args.device))
+
+
+def train_peer_process(name, parameters, args, started, folder):
+    """Train a peer, in a process of its own; leaves its weights and points.json."""
+    entry, peer = peers.PEERS[name], build_peer(name, parameters, args)
+    batches = training_batches(args.data_dir, args.peer_batch_size, torch.device(args.device))
     points = []
     for weights, seconds, steps in train_peer(
         peer, batches, started, 60 * args.minutes, args.marks
     ):
-        peer.load(weights)
-        path = folder / f"samples_{len(points)}.npz"
-        samples = speed.sample_in_chunks(peer, args.samples)
-        labels = peers.classes_in_turn(len(samples), "cpu").numpy() if entry.conditional else None
-        labels = np.full(len(samples), -1) if labels is None else labels
-        np.savez(path, samples.numpy()[..., None], labels)
-        points.append(
-            {
-                "model": f"{entry.package} {speed.installed(entry.package)}, {entry.words}",
-                "parameters": speed.parameter_count(peer.model),
-                "minutes": seconds / 60,
-                "trained": f"{steps:,} steps of {args.peer_batch_size} images",
-                "sampler": peer.sampler,
-                "evaluations": peer.evaluations,
-                "samples": path.name,
-            }
-        )
-    (folder / "sampled.json").write_text(json.dumps(points), encoding="utf-8")
+        snapshot = f"snapshot_{len(points)}.pt"
+        torch.save(weights, folder / snapshot)
+        model = f"{entry.package} {speed.installed(entry.package)}, {entry.words}"
+        trained = f"{steps:,} steps of {args.peer_batch_size} images"
+        points.append(dataclasses.asdict(Point(model, seconds / 60, trained, snapshot)))
+    (folder / "points.json").write_text(json.dumps(points), encoding="utf-8")
 
 
-def run_peer(name, parameters, args, folder):
-    """Train and sample a peer: a list of ``Point``, not yet scored. Raises RuntimeError."""
+def train_peer_apart(name, parameters, args, folder):
+    """Train a peer: a list of ``Point``. Raises RuntimeError."""
     arguments = (name, parameters, args, time.time(), folder)
-    process = multiprocessing.get_context("spawn").Process(target=run_peer_process, args=arguments)
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_peer_process, args=arguments
+    )
     process.start()
-    process.join()
+    try:
+        process.join()
+    finally:
+        process.kill()  # where this one is stopped; one that has ended does not mind
     if process.exitcode != 0:
         raise RuntimeError(f"{name} ended with status {process.exitcode}")
-    points = json.loads((folder / "sampled.json").read_text(encoding="utf-8"))
-    return [Point(**point | {"samples": folder / point["samples"]}) for point in points]
+    return [Point(**point) for point in json.loads((folder / "points.json").read_text("utf-8"))]
+
+
+def sample_peer(name, parameters, args, folder, point, file):
+    """Sample a peer, see ``Contestant``."""
+    entry, peer = peers.PEERS[name], build_peer(name, parameters, args)
+    peer.load(torch.load(folder / point.snapshot, args.device, weights_only=True))
+    samples = speed.sample_in_chunks(peer, args.samples)
+    labels = np.full(len(samples), -1)
+    if entry.conditional:
+        labels = peers.classes_in_turn(len(samples), "cpu").numpy()
+    np.savez(file, samples.numpy()[..., None], labels)
+    point.parameters = speed.parameter_count(peer.model)
+    point.sampler, point.evaluations = peer.sampler, peer.evaluations
 
 
 # --------------------------------------------------------------------------------------------------
@@ -360,17 +384,13 @@ def save_plot(points, floors, path):
     figure.savefig(path, dpi=100)
 
 
-def describe(point):
-    """A point as an object for JSON, the samples' file left out."""
-    row = dataclasses.asdict(point)
-    del row["samples"]
-    return row
-
-
 def save_json(points, floors, path):
-    """All scores of all points and floors: a list of flat objects, the files' names left out."""
-    rows = [describe(point) for point in points]
-    rows = [row | row.pop("scores") for row in rows]
+    """All scores of all points and floors: a list of flat objects, without files' names."""
+    rows = []
+    for point in points:
+        row = dataclasses.asdict(point)
+        del row["snapshot"]
+        rows.append(row | row.pop("scores"))
     floors = [{"model": floor["file"], **floor} for floor in floors]
     for floor in floors:
         del floor["file"]
@@ -397,7 +417,7 @@ def parse_command_line(argv):
         "--samples", type=int, default=2000, help="to score, of each (default: 2000)"
     )
     parser.add_argument(
-        "--marks", type=int, default=5, help="times at which a peer is scored (default: 5)"
+        "--marks", type=int, default=4, help="times at which a peer is scored (default: 4)"
     )
     parser.add_argument(
         "--peer-batch-size", type=int, default=32, help="images a step of the peers (default: 32)"
@@ -409,7 +429,7 @@ def parse_command_line(argv):
     parser.add_argument(
         "--folder",
         type=Path,
-        help="keeps the scores of the contestants that are done, so that the race can go on",
+        help="keeps what each has learned, and the scores, so that the race can go on",
     )
     parser.add_argument(
         "--readme", type=Path, default=fe.HERE / "README.md", help="file that the table goes to"
@@ -423,45 +443,58 @@ def parse_command_line(argv):
     return args
 
 
-def run_once(path, settings, reference, run):
-    """The scored points of a contestant: those that ``path`` holds of an earlier race, or a run's.
+def read_points(settings, folder):
+    """The points that a contestant's folder holds of an earlier race; None where it has to train.
 
-    Args:
-        path: of a JSON file, written once the contestant is done.
-        settings: of the race and the contestant. Raises ValueError if the file's are others.
-        reference: to score against.
-        run: takes nothing and returns points whose samples are not yet scored.
+    Raises ValueError where the folder is of a race with other settings, or of none.
     """
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["settings"] != settings:
-            raise ValueError(f"{path} is of a race with {kept['settings']}, not {settings}")
-        return [Point(**point, samples=None) for point in kept["points"]]
-    points = run()
-    for point in points:
-        point.scores = quality.score_against(*quality.read_samples(point.samples), reference)
-        worst = leaderboard.format_score(point.scores, "worst_percent_of_blur")
-        print(f"{point.model}, {point.minutes:.1f} min: {worst} of blur", flush=True)
-    kept = {"settings": settings, "points": [describe(point) for point in points]}
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(kept, allow_nan=False), encoding="utf-8")
-    unfinished.replace(path)
+    if not folder.exists():
+        return None
+    path = folder / "race.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no race.json: remove it, or name another --folder")
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if kept["settings"] != settings:
+        raise ValueError(f"{path} is of a race with {kept['settings']}, not {settings}")
+    return kept["points"] and [Point(**point) for point in kept["points"]]
+
+
+def save_points(points, settings, folder):
+    """Write a contestant's race.json, whole or not at all; None until it has trained."""
+    points = points and [dataclasses.asdict(point) for point in points]
+    content = json.dumps({"settings": settings, "points": points}, allow_nan=False)
+    unfinished = folder / "race.tmp"
+    unfinished.write_text(content, encoding="utf-8")
+    unfinished.replace(folder / "race.json")
+
+
+def train(contestant, settings, folder):
+    """Train a contestant: its points. What a training that was cut off left in the folder goes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    save_points(None, settings, folder)
+    print(f"{contestant.name}: training", flush=True)
+    points = contestant.train(folder)
+    save_points(points, settings, folder)
     return points
 
 
-def contestants(args, versions, folder):
-    """Yield each contestant's name, a text that says what it is now, and what trains and samples it
-    in a folder of its own."""
+def contestants(args, versions, scratch):
+    """All ``Contestant``s; ``scratch`` is a folder to measure the first version's size in."""
+    found = []
     for version, path in versions.items():
-        name = version.replace("/", "_")
-        (folder / name).mkdir()
         script = hashlib.sha256(path.read_bytes()).hexdigest()
-        yield name, script, partial(run_version, version, path, args, folder / name)
+        functions = (
+            partial(plan_and_train_version, version, path, args),
+            partial(sample_version, path, args),
+        )
+        found.append(Contestant(version.replace("/", "_"), script, *functions))
     if not args.peers:
-        return
+        return found
     first = next(iter(versions.values()))
-    speed.make_untrained(first, speed.script_flags(args), folder / "first")
-    parameters = speed.Sampler(first, folder / "first", args.device).parameters
+    speed.make_untrained(first, speed.script_flags(args), scratch / "first")
+    parameters = speed.Sampler(first, scratch / "first", args.device).parameters
     for name, peer in peers.PEERS.items():
         if speed.installed(peer.package) is None:
             print(
@@ -469,15 +502,52 @@ def contestants(args, versions, folder):
                 file=sys.stderr,
             )
             continue
-        (folder / name).mkdir()
         size = None if peer.own_size else parameters
         release = f"{speed.installed(peer.package)}, {size} parameters"
-        yield name, release, partial(run_peer, name, size, args, folder / name)
+        functions = (partial(each, name, size, args) for each in (train_peer_apart, sample_peer))
+        found.append(Contestant(name, release, *functions))
+    return found
+
+
+def run_race(race, settings, reference, folder):
+    """Train all contestants, then sample and score them; yield the points scored so far after each.
+
+    What ``folder`` holds is not done again. Who fails to train is left out; RuntimeError names them
+    at the end.
+    """
+    settings = {each.name: settings | {"contestant": each.what} for each in race}
+    trained = {each.name: read_points(settings[each.name], folder / each.name) for each in race}
+    for each in race:
+        if trained[each.name] is None:
+            try:
+                trained[each.name] = train(each, settings[each.name], folder / each.name)
+            except (RuntimeError, ValueError) as error:
+                print(f"{each.name}: {error}", file=sys.stderr)
+    scored = []
+    for each in race:
+        own, points = folder / each.name, trained[each.name]
+        if points is None:
+            continue
+        if not points:
+            print(f"{each.name}: nothing to sample after these minutes", file=sys.stderr)
+        for point in points:
+            if not point.scores:
+                file = own / f"samples_of_{Path(point.snapshot).stem}.npz"
+                each.sample(own, point, file)
+                point.scores = quality.score_against(*quality.read_samples(file), reference)
+                save_points(points, settings[each.name], own)
+                worst = leaderboard.format_score(point.scores, "worst_percent_of_blur")
+                print(f"{point.model}, {point.minutes:.1f} min: {worst} of blur", flush=True)
+        scored += points
+        yield scored
+    failed = [name for name, points in trained.items() if points is None]
+    if failed:
+        raise RuntimeError(f"no training of {', '.join(failed)}")
 
 
 def main(argv=None, repository=speed.REPOSITORY):
     """Command line. Exits 2 with one line on bad input."""
-    args, points = parse_command_line(argv), []
+    args = parse_command_line(argv)
     try:
         versions = speed.find_versions(args.versions, repository)
         device = speed.pick_device(versions, args.device)
@@ -485,22 +555,22 @@ def main(argv=None, repository=speed.REPOSITORY):
         reference = quality.load_reference(args.data_dir)
         floors = measure_floors(args.samples, reference)
         settings = {key: getattr(args, key) for key in ("minutes", "samples", "marks")}
-        settings |= {"batch": args.peer_batch_size, "machine": speed.hardware(device)}
+        settings |= {"batch": args.peer_batch_size, "device": args.device}
+        settings |= {"machine": speed.hardware(device), "torch": torch.__version__}
         with tempfile.TemporaryDirectory() as scratch:
             folder = (args.folder or Path(scratch)).expanduser()
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, what, run in contestants(args, versions, Path(scratch)):
-                own = settings | {"contestant": what}
-                points += run_once(folder / f"{name}.json", own, reference, run)
+            race = contestants(args, versions, Path(scratch))
+            for points in run_race(race, settings, reference, folder):
                 text = format_points(points, floors, args, device)
                 save_plot(points, floors, args.readme.with_name("time_to_quality.png"))
                 save_json(points, floors, args.readme.with_name("time_to_quality.json"))
                 leaderboard.replace_block(args.readme, "time-to-quality", text)
-    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(text)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends what it has started, too
     main()
