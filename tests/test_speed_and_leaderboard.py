@@ -508,6 +508,7 @@ STAGES += [stage("diffusion", 8, 0.6)]
 def test_a_plan_fits_its_budget(budget, script_v3):
     epochs, share = time_to_quality.plan_training(STAGES, FIELDS, budget)
     assert list(epochs) == FIELDS and min(epochs.values()) >= 1 and 0 < share <= 1
+    assert epochs["epochs"] >= 4  # marks of a curve
     available = (1 - time_to_quality.SLACK) * max(budget - time_to_quality.START_UP, budget / 4)
     pairs = zip(STAGES, epochs.values())
     planned = sum(each.median() * each.steps_per_epoch * count for each, count in pairs)

@@ -48,6 +48,7 @@ import speed
 START_UP = 20  # seconds of a version's budget that are not steps: imports, data, encoding
 SLACK = 0.08  # share of the rest that is not planned for: validation, saving, a slower machine
 MARGIN = 1.0  # seconds before the end of the budget at which training is told to stop
+LEAST_EPOCHS = 4  # of a version's last stage, whose ends are sampled: enough for a curve
 MOST_SNAPSHOTS = 8  # of a version, the last one among them
 PILOT_STEPS = 40
 
@@ -90,6 +91,7 @@ def plan_training(stages, fields, budget):
     """Split a budget over the stages in the proportion of the published recipe.
 
     Epochs are whole numbers: rather one too many, and fewer training images, than minutes unused.
+    The last stage has ``LEAST_EPOCHS`` or more.
 
     Args:
         stages: of ``speed.measure_training``.
@@ -103,7 +105,7 @@ def plan_training(stages, fields, budget):
     published = sum(cost * stage.epochs for cost, stage in zip(costs, stages))
     epochs = [max(1, round(available / published * stage.epochs)) for stage in stages]
     left = available - sum(cost * count for cost, count in zip(costs, epochs))
-    epochs[-1] += max(0, math.ceil(left / costs[-1]))
+    epochs[-1] = max(LEAST_EPOCHS, epochs[-1] + max(0, math.ceil(left / costs[-1])))
     planned = sum(cost * count for cost, count in zip(costs, epochs))
     return dict(zip(fields, epochs, strict=True)), min(1.0, available / planned)
 
