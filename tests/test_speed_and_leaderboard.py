@@ -283,7 +283,7 @@ def test_the_report_of_a_version(quick_flags, tiny_data_dir, monkeypatch, capsys
     assert len(re.findall(step, out)) == 4
     against = r"[\d.]+x with 0 workers \([\d.]+ ms\), [\d.]+x with \d+ workers"
     assert re.search(f"input pipeline, .* {against}", out)
-    sampler = r"\(heun, 6 steps, guidance 2.75 from 750 to 200: 18 evaluations an image\)"
+    sampler = r"\(Heun, 6 steps, guidance 2.75 from t = 750 to 200: 18 evaluations an image\)"
     assert re.search(rf"1,000 images: [\d.]+ s {sampler}", out)
     assert "GIFs and path figures: 2 s" in out
     against = "the diffusion step; 1,000 images .* the version's"
@@ -371,7 +371,7 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
         seconds = [float(each["seconds"]) for each in csv.DictReader(file)]
     assert row["epochs"] == {"autoencoder": 1, "decoder": 1, "guide": 1, "diffusion": 1}
     assert row["training_seconds"] == pytest.approx(sum(seconds))
-    assert row["sampler"] == "heun, 6 steps, guidance 2.75 from 750 to 200"
+    assert row["sampler"] == "Heun, 6 steps, guidance 2.75 from t = 750 to 200"
     assert row["evaluations"] == 18
     assert row["seconds_per_1000_images"] > 0 and row["parameters"] > 0
 
