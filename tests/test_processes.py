@@ -181,7 +181,8 @@ def test_a_process_that_is_killed_ends_the_others_and_its_work_is_saved(
     os.kill(run.workers()[-1], signal.SIGKILL)
     status, _, err = run.end()
     assert status != 0 and time.monotonic() - started < 30
-    assert "another process has ended" in err
+    # torchrun ends the other one, too, and may be the first to
+    assert "another process has ended" in err or "Signal 15 (SIGTERM) received" in err
     assert steps(tmp_path / "output")["diffusion"] >= 6
 
 
