@@ -462,7 +462,7 @@ def read_points(settings, folder):
 
 
 def save_points(points, settings, folder):
-    """Write a contestant's race.json, whole or not at all; None until it has trained."""
+    """Write a contestant's race.json, whole or not at all; points are None until it has trained."""
     points = points and [dataclasses.asdict(point) for point in points]
     content = json.dumps({"settings": settings, "points": points}, allow_nan=False)
     unfinished = folder / "race.tmp"
