@@ -186,8 +186,9 @@ def test_the_random_features_are_the_means_of_each_level(shapes):
 @pytest.fixture(scope="module")
 def damaged(real_data_dir):
     """Damaged training images, by name, and the test images to compare with: 500 of each."""
-    images = fe.load_split(real_data_dir, train=True)[0][:500]
-
+    images, labels = (each[:500] for each in fe.load_split(real_data_dir, train=True))
+    others = [each[500:1_000] for each in fe.load_split(real_data_dir, train=True)]
+    missing = int((labels == damage.MISSING).sum())
     noise = torch.randint(256, images.shape, generator=torch.Generator().manual_seed(0)).byte()
     return fe.load_split(real_data_dir, train=False)[0][:500], {
         "nothing": images,
@@ -195,6 +196,9 @@ def damaged(real_data_dir):
         "slight blur": damage.blur_slightly(images),
         "blur": quality.blur(images),
         "faint noise": damage.add_noise(images, 10),
+        "mirrored shoes": damage.mirror(images, torch.isin(labels, damage.SHOES)),
+        "half a class missing": damage.lose(images, labels, *others, missing // 2)[0],
+        "a class missing": damage.lose(images, labels, *others, missing)[0],
         "noise": noise,
     }
 
@@ -206,7 +210,9 @@ def test_the_sliced_distance_orders_known_damage(damaged, monkeypatch):
     for key in ("swd_28", "swd_14", "swd"):
         assert swd["nothing"][key] < swd["slight blur"][key] < swd["blur"][key] < swd["noise"][key]
     assert swd["nothing"]["swd_28"] < swd["faint noise"]["swd_28"] < swd["noise"]["swd_28"]
-    assert 2 * swd["nothing"]["swd_7"] < swd["shift"]["swd_7"]  # where it is seen
+    coarse = {name: distances["swd_7"] for name, distances in swd.items()}
+    assert 2 * coarse["nothing"] < min(coarse["shift"], coarse["mirrored shoes"])
+    assert 1.4 * coarse["nothing"] < coarse["a class missing"]  # of half one, 500 are too few
 
 
 def test_the_random_features_order_known_damage(damaged):
@@ -219,7 +225,8 @@ def test_the_random_features_order_known_damage(damaged):
     order = ["nothing", "shift", "slight blur", "blur", "noise"]
     assert sorted(order, key=distances.get) == order
     assert distances["blur"] > 3 * distances["slight blur"]
-    assert distances["nothing"] < distances["faint noise"]
+    assert distances["nothing"] < min(distances["faint noise"], distances["mirrored shoes"])
+    assert distances["nothing"] < distances["half a class missing"] < distances["a class missing"]
 
 
 def test_detail_orders_known_damage(damaged):
@@ -229,3 +236,4 @@ def test_detail_orders_known_damage(damaged):
     details = {name: class_free.detail(each, reference) for name, each in spectra.items()}
     assert details["blur"] < 0.1 < details["slight blur"] < 0.5
     assert 0.95 < details["nothing"] < 1.05 < 4 < details["noise"]
+    assert details["mirrored shoes"] == pytest.approx(details["nothing"])  # flips keep the power

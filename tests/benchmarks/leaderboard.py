@@ -56,6 +56,7 @@ TIMED_IMAGES, TIMED_ROUNDS = 1000, 3
 FORMS = {
     "fmd": "{:.3f}",
     "percent_of_blur": "{:.2f}%",
+    "swd_28_percent_of_blur": "{:.1f}%",
     "swd_percent_of_blur": "{:.1f}%",
     "fd_random_percent_of_blur": "{:.1f}%",
     "worst_percent_of_blur": "{:.1f}%",
@@ -84,6 +85,7 @@ QUALITY = {
     "version": "version",
     "fmd": "FMD",
     "percent_of_blur": "FMD, of blur",
+    "swd_28_percent_of_blur": "SWD at 28 pixels, of blur",
     "swd_percent_of_blur": "SWD, of blur",
     "fd_random_percent_of_blur": "random features, of blur",
     "worst_percent_of_blur": "worst of blur",
@@ -135,7 +137,6 @@ def read_training(path):
 
 def score_files(paths, data_dir):
     """Mean of each of ``SCORES`` over sample files, and its spread under ``<score>_spread``.
-
 
     A score without labels is None. Raises NotMeasured where a file is unfit or does not hold
     ``SAMPLES`` images.
