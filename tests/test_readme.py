@@ -2,7 +2,6 @@
 are portable, and what a version's README says of its script is so."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import itertools
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
+from flag_tables import flag_table
 from script_runs import every_script
 from sync_shared import halves, load_script
 
@@ -129,6 +129,15 @@ def test_its_paths_are_of_any_machine(readme):
     assert set(found) <= {"/dev/null"}
 
 
+@every_readme
+def test_it_says_what_fmd_is_where_it_first_names_it(readme):
+    text = " ".join(prose(readme).replace("*", "").split())
+    first = re.search(r"\bFMD\b", text)
+    assert first
+    meaning = "FID's formula in the features of a Fashion-MNIST classifier"
+    assert meaning in text[first.end() : first.end() + len(meaning) + 5]
+
+
 def test_root_readme_and_ci_run_the_same():
     lines = "\n".join(blocks(REPOSITORY / "README.md")).splitlines()
     assert set(SET_UP) <= set(lines)
@@ -149,21 +158,19 @@ def test_it_says_where_the_experiment_ends(experiment):
     assert f"{wanted}same in all six." in " ".join(read(readme).split())
 
 
-def default_text(field):
-    """A setting's default as the tables of flags have it."""
-    text = "off" if field.default is False else str(field.default)
-    gpu = field.metadata["gpu"]
-    return text if gpu is None else f"{text}, on a GPU {gpu}"
+@every_script
+def test_it_is_short(experiment):
+    """900 words at most, without what is folded away, code, formulas, tables and links' targets."""
+    text = read(experiment.path.with_name("README.md"))
+    for hidden in (r"<details>.*?</details>", r"^```.*?^```", r"\$\$.*?\$\$", r"^\|[^\n]*$"):
+        text = re.sub(hidden, "", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(re.sub(r"\]\([^)]*\)", "]", text).split()) <= 900
 
 
 @every_script
-def test_its_table_of_flags_is_complete_and_right(experiment):
+def test_its_table_of_flags_is_the_script_s(experiment):
     readme = read(experiment.path.with_name("README.md"))
-    rows = re.findall(r"^\| `(--[\w-]+).*?` \| (.*?) ?\| ", readme, re.MULTILINE)
-    script = load_script(experiment.path)
-    settings = {script.flag(field.name): field for field in dataclasses.fields(script.Settings)}
-    assert dict(rows) == {flag: default_text(field) for flag, field in settings.items()}
-    assert len(rows) == len(settings)
+    assert flag_table(load_script(experiment.path)) in readme, "run: python tests/flag_tables.py"
 
 
 @every_script

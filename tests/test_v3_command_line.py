@@ -34,8 +34,8 @@ pytestmark = on_v3
         (["--guidance-scale=21"], ["--guidance-scale", "0 to 20"]),
         (["--width=12"], ["--width", "multiple of 8"]),
         (["--num-samples=16"], ["--sample-only"]),
-        (["--sample-only", "--num-samples=0"], ["--num-samples", "1 to 1000000"]),
-        (["--export-samples=-1"], ["--export-samples", "0 to 1000000"]),
+        (["--sample-only", "--num-samples=0"], ["--num-samples", "1 to 1,000,000"]),
+        (["--export-samples=-1"], ["--export-samples", "0 to 1,000,000"]),
         (["--quick", "stray"], ["stray"]),
     ],
 )
@@ -91,7 +91,7 @@ def test_help_tells_values_and_limits_of_every_setting(module, monkeypatch, caps
         expected += [f"on a GPU {rules['gpu']!r}"] if rules["gpu"] is not None else []
         expected += [f"with --quick {rules['quick']!r}"] if rules["quick"] is not None else []
         if type(field.default) in (int, float):
-            expected.append(f"{rules['low']:.10g} to {rules['high']:.10g}")
+            expected.append(f"{rules['low']:,.10g} to {rules['high']:,.10g}")
         assert [part for part in expected if part not in told] == []
     assert parts.keys() == {"help"}
 

@@ -32,7 +32,6 @@ class Config:
     epochs: int = option(4, "epochs", 1, 100, gpu=9, quick=3, resume="keep")
     batch_size: int = option(32, "images a step", 1, 4096)
     learning_rate: float = option(1e-2, "peak learning rate", 1e-8, 1.0)
-    ema_decay: float = option(0.9, "decay of the averaged weights a step", 0.0, 0.999999)
     rank: int = option(784, "columns of the matrix", 8, 784, multiple=8, quick=16)
     noise: str = option("fresh", "of a step", choices=("fresh", "first"), resume="keep")
 

@@ -42,13 +42,12 @@ class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
     guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=15, quick=1, resume="keep")
-    epochs: int = option(10, "epochs", 1, 100_000, gpu=180, quick=2, resume="keep")
+    epochs: int = option(10, "epochs of training", 1, 100_000, gpu=180, quick=2, resume="keep")
     batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
     learning_rate: float = option(2e-3, "peak of AdamW", 1e-8, 1.0)
     muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
     width: int = option(48, "channels at 14x14; twice that at 7x7", 8, 512, multiple=8, quick=16)
     blocks: int = option(4, "residual blocks at 7x7", 1, 100, quick=2)
-    ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     # samples
     sampler: str = option(
         "ddim", "DDPM's is ancestral", choices=("ddim", "ancestral"), resume="keep"
@@ -341,7 +340,7 @@ def save_own_figures(models: Models, data: Data, output: Path) -> None:
 # A library that each script carries along. It takes these from the experiment above:
 #
 #   VERSION, CONDITIONAL   "family/version", and whether its samples have classes
-#   option(...), Config    a setting; and the experiment's own, `epochs` and `ema_decay` among them
+#   option(...), Config    a setting; and the experiment's own, `epochs` among them
 #   state_shape(config)    the shape of one state of the process: of an image or of a latent
 #   build_networks(config) {stage: network}; "diffusion" is the one that samples come from
 #   train_stages(run, models, data)                  calls `run.train(stage, ...)` for each stage
@@ -352,7 +351,9 @@ def save_own_figures(models: Models, data: Data, output: Path) -> None:
 #   decode(models, states) back to images
 #   save_own_figures(models, data, output)           the figures that only this experiment has
 #
-# It offers `Run.train`, `Rng`, `Models`, `Data`, labels, noise, sampling in chunks, and figures. In
+# It offers `Run.train`, `Rng`, `Models`, `Data`, `Trajectories`; in chunks `once`, `embed_images`,
+# `decode_images`; for samples `labels_in_turn`, `class_weights`, `noise_of_samples`, `last_state`,
+# `trajectory`, `generate_samples`; for figures `save_grid`, `scatter_classes`, `save_figure`. In
 # shapes, B is a batch, N all there are, S steps, C channels; `classes` are class weights (B, 11).
 # ==================================================================================================
 
@@ -429,16 +430,17 @@ class Settings(Config):
 
     compile: bool = once_only(False, "torch.compile the networks in training")
     seed: int = option(0, "seed of training", 0, 2**31 - 1)
+    ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     train_images: int = option(55_000, "training images, from the first on", 10, 55_000, quick=1280)
     checkpoint_minutes: float = option(3.0, "between saves in an epoch", 0.0, 1e4, resume="keep")
     figures_every: int = option(50, "epochs between full figures", 1, 100_000, resume="keep")
-    output_dir: str = once_only("", "folder for all that a run writes")
-    data_dir: str = once_only("", "torchvision's root (empty: data/ here)")
+    output_dir: str = once_only("", "folder for all that a run writes (empty: output/ here)")
+    data_dir: str = once_only("", "torchvision's root (empty: the repository's data/)")
     device: str = once_only("auto", "cpu, cuda, cuda:N, mps; auto: the best")
     fresh: bool = once_only(False, "start over; the old run moves to OUTPUT_DIR/old_runs")
     quick: bool = once_only(False, "the whole pipeline, tiny, into output/quick")
     sample_only: bool = once_only(False, "no training: all figures, or the samples asked for")
-    run_dir: str = once_only("", "with --sample-only: output folder of the run")
+    run_dir: str = once_only("", "with --sample-only: the run's output folder, if another")
     pretrained: bool = once_only(False, "with --sample-only: from the weights that come along")
     class_: str = once_only("all", "with --sample-only: a PNG of it", choices=("all", *TITLES))
     num_samples: int = once_only(16, "with --sample-only: a PNG of so many samples", 1, 10**6)
@@ -464,7 +466,7 @@ def limits(rules: Mapping) -> str:
     """Those of a setting in words, from the metadata that `option` gave it."""
     if rules["choices"]:
         return f"one of {', '.join(rules['choices'])}"
-    words = "" if rules["low"] is None else f"{rules['low']:.10g} to {rules['high']:.10g}"
+    words = "" if rules["low"] is None else f"{rules['low']:,.10g} to {rules['high']:,.10g}"
     return words + (f", a multiple of {rules['multiple']}" if rules["multiple"] else "")
 
 
@@ -763,7 +765,7 @@ def load_fashion_mnist(config: Settings, device: torch.device) -> Data:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 in 0..255 to float32 in [-1, 1], any shape; what is no uint8 stays as it is."""
+    """uint8 in 0..255 to float32 in [-1, 1], any shape; other types stay as they are."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
@@ -852,7 +854,7 @@ def read_checkpoint(path: Path) -> dict:
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not {"format", "version"} <= content.keys():
-            raise ValueError("it is no checkpoint")
+            raise ValueError("it is not a checkpoint")
         return content
     except Exception as error:  # arbitrary bytes provoke arbitrary errors
         raise ValueError(repr(error)[:150]) from None
@@ -1437,11 +1439,9 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
     epoch is written below the curves, once there are curves."""
     panels: dict[tuple[str, str], list[tuple]] = {}
     for row in history:
-        training = row.get("train_parts") or {"loss": row["train_loss"]}
-        validation = row.get("validation_parts") or {"loss": row["validation_loss"]}
-        for part, value in training.items():
+        for part, value in row["train_parts"].items():
             points = panels.setdefault((row["stage"], part), [])
-            points.append((row["epoch"], value, validation[part]))
+            points.append((row["epoch"], value, row["validation_parts"][part]))
     if not panels:
         return
     drawn = {key: points for key, points in panels.items() if len(points) > 1} or panels
@@ -1797,8 +1797,7 @@ def save_page(models: Models, output: Path) -> None:
     state = f"{size:.2f} M parameters on {device} ({machine}, {torch.get_num_threads()} threads), "
     state += f"torch {torch.__version__}. {minutes:.1f} minutes of training"
     for row in history[-1:]:
-        epochs = getattr(config, f"{row['stage']}_epochs", config.epochs)
-        state += f", up to epoch {row['epoch']} of {epochs} of {row['stage']}"
+        state += f", up to epoch {row['epoch']} of {row['stage']}"
     state += f"; this page is of {time.strftime('%Y-%m-%d %H:%M')}. Command: "
     run = shlex.join(["python", Path(__file__).name, "--output-dir", str(output)])
     commands = f"{run}\n{run} --sample-only --num-samples 16\n{run} --epochs {2 * config.epochs}"
@@ -1855,7 +1854,7 @@ def run_training(given: dict, output: Path) -> Models:
     state, count = "resumed" if checkpoint else "fresh", f", {world()} processes"
     where = f"{device}{count if world() > 1 else ''}, torch {torch.__version__}"
     print(f"{VERSION} on {where}, {state}; output: {output}")
-    print("will train the remaining steps, then write the figures")
+    print("trains what is left to train, then writes the figures")
     if config.quick:
         print("--quick: its pictures are noise and only show that the installation works")
     data = load_fashion_mnist(config, device)
@@ -1875,7 +1874,7 @@ def exit_status(main_function: Callable[[], None]) -> int:
     first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
     silent = open(os.devnull, "w")  # noqa: SIM115
     out, err = sys.stdout if first and sys.stdout else silent, sys.stderr or silent
-    if hasattr(out, "reconfigure"):  # a notebook's has it not
+    if hasattr(out, "reconfigure"):  # a notebook's has no such method
         out.reconfigure(line_buffering=True, errors="backslashreplace")
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     try:
