@@ -308,26 +308,21 @@ def test_paths_for_the_page_are_those_of_the_figures(script_v3, drawn):
 # The loss curves
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_loss_curves_draw_each_part_of_a_loss_apart(script_v3, monkeypatch, tmp_path, apart):
-    """As far as the history knows the parts: that of an older release does not."""
+def test_loss_curves_draw_each_part_of_a_loss_apart(script_v3, monkeypatch, tmp_path):
     figures = watch(monkeypatch, script_v3, "save_figure")
     history = [dict(row) for row in HISTORY]
     for row in history:  # each part and each curve has numbers of its own
         for name, factor in (("train_parts", 1), ("validation_parts", 2)):
-            parts = row.pop(name).items()
-            if apart:
-                row[name] = {k: factor * (v + n) for n, (k, v) in enumerate(parts)}
+            row[name] = {k: factor * (v + n) for n, (k, v) in enumerate(row[name].items())}
     script_v3.save_loss_curves(history, tmp_path / "loss_curves.png")
     [axes] = [call.figure.axes for call in figures]
     panels = [(stage, part) for stage, parts in PARTS.items() for part in parts]
-    panels = panels if apart else [(stage, "loss") for stage in PARTS]
     assert [(each.get_title(), each.get_ylabel()) for each in axes] == panels
     for each, (stage, part) in zip(axes, panels):
         rows = [row for row in history if row["stage"] == stage]
         assert [line.get_label().split(",")[0] for line in each.lines] == ["training", "validation"]
         for line, kind in zip(each.lines, ("train", "validation")):
-            values = [row[f"{kind}_parts"][part] if apart else row[f"{kind}_loss"] for row in rows]
+            values = [row[f"{kind}_parts"][part] for row in rows]
             assert line.get_xdata().tolist() == [1, 2, 3]
             assert line.get_ydata().tolist() == values
     assert axes[0].get_subplotspec().get_gridspec().ncols == min(3, len(panels))
