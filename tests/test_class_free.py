@@ -186,8 +186,9 @@ def test_the_random_features_are_the_means_of_each_level(shapes):
 @pytest.fixture(scope="module")
 def damaged(real_data_dir):
     """Damaged training images, by name, and the test images to compare with: 500 of each."""
-    images, labels = (each[:500] for each in fe.load_split(real_data_dir, train=True))
-    others = [each[500:1_000] for each in fe.load_split(real_data_dir, train=True)]
+    split = fe.load_split(real_data_dir, train=True)
+    images, labels = (each[:500] for each in split)
+    others = [each[500:1_000] for each in split]
     missing = int((labels == damage.MISSING).sum())
     noise = torch.randint(256, images.shape, generator=torch.Generator().manual_seed(0)).byte()
     return fe.load_split(real_data_dir, train=False)[0][:500], {

@@ -110,7 +110,7 @@ def test_output_without_a_terminal_is_plain_lines(experiment, alone, epochs):
         assert f"{stage}: epoch {number} of {number}, loss" in out
         line = rf"^{stage}: [\d.]+ M parameters, step 0 of \d+$"
         assert re.search(line, out, re.MULTILINE)
-    for part in ("images/s", "noise and only show", "trains what is left", "figures of epoch"):
+    for part in ("images/s", "noise and only show", "training what is left", "figures of epoch"):
         assert part in out
 
 
@@ -328,7 +328,7 @@ def test_kills_at_random_moments_lose_nothing(
     Every step is saved. Each stage has rounds that begin with it."""
     chance, killed_in = random.Random(experiment.name), []
     whole_run = RealRun(experiment.path, tmp_path, flags(module, tmp_path / "whole", tiny_data_dir))
-    whole_run.wait_for("trains what is left")
+    whole_run.wait_for("training what is left")
     started = time.monotonic()
     assert whole_run.end() == (0, "")
     duration = time.monotonic() - started
@@ -347,7 +347,7 @@ def test_kills_at_random_moments_lose_nothing(
             prepare = kill if attempt == 0 else None
             real_run = RealRun(experiment.path, tmp_path, arguments, prepare)
             if prepare is None:
-                real_run.wait_for("trains what is left")
+                real_run.wait_for("training what is left")
                 time.sleep(chance.uniform(0, 0.6 * duration))
                 real_run.signal(signal.SIGKILL)
             if real_run.end()[0] == -signal.SIGKILL:

@@ -169,10 +169,10 @@ def test_average_follows_the_network_and_is_what_is_validated(
         return result
 
     monkeypatch.setattr(module, "train_step", train_step)
-    assert run(module, flags(module, tmp_path, tiny_data_dir)) == 0
+    assert run(module, [*flags(module, tmp_path, tiny_data_dir), "--ema-decay=0.1"]) == 0
     average = weights[0]
     for step, each in enumerate(weights[1:], 1):
-        average = torch.lerp(average, each, max(0.1, 10 / (10 + step)))
+        average = torch.lerp(average, each, max(0.9, 10 / (10 + step)))
     models = module.load_trained(tmp_path, device="cpu")
     torch.testing.assert_close(models.diffusion.decode.bias, average)
     data = module.load_fashion_mnist(module.Settings(data_dir=str(tiny_data_dir)), CPU)
@@ -290,6 +290,13 @@ def test_loading_trained_networks_makes_no_optimizer(experiment, undisturbed, mo
 
 
 # Settings
+
+
+def test_a_plan_is_made_of_the_settings_that_bear_the_stages_name(module):
+    settings = {"epochs": 7, "batch_size": 2, "guide_epochs": 3, "guide_muon_learning_rate": 0.1}
+    config = types.SimpleNamespace(**settings)
+    assert module.plan(config) == {"epochs": 7, "batch_size": 2}
+    assert module.plan(config, "guide") == {"epochs": 3, "muon_learning_rate": 0.1}
 
 
 def test_a_setting_is_the_flag_or_the_checkpoints_or_the_default(module):

@@ -170,7 +170,7 @@ def test_it_is_short(experiment):
 @every_script
 def test_its_table_of_flags_is_the_script_s(experiment):
     readme = read(experiment.path.with_name("README.md"))
-    assert flag_table(load_script(experiment.path)) in readme, "run: python tests/flag_tables.py"
+    assert flag_table(experiment.path) in readme, "run: python tests/flag_tables.py"
 
 
 @every_script

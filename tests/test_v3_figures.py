@@ -382,7 +382,8 @@ def test_guidance_grid_shows_the_same_noises_at_the_scales_it_names(script_v3, d
     assert call.rows == list(script_v3.CLASS_NAMES)
     scales = [float(name.removeprefix("w=")) for name in call.columns]
     assert scales == sorted(scales)
-    assert {0.0, 1.0} < set(scales)
+    assert {0.0, 1.0, models.config.guidance_scale} < set(scales)
+    assert call.title == "Rising w, above 1 only from 750 to 200"
     for column, scale in enumerate(scales):
         guided = models.with_settings(guidance_scale=scale)
         expected = script_v3.generate_samples(guided, torch.arange(10))

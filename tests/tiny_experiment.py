@@ -83,9 +83,9 @@ def build_networks(config: Config) -> dict[str, nn.Module]:
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    config, held_out = run.config, (data.validation_images, data.validation_labels)
-    plan = {name: getattr(config, name) for name in ("epochs", "batch_size", "learning_rate")}
-    run.train("diffusion", loss, (data.train_images, data.train_labels), held_out, **plan)
+    train_set = data.train_images, data.train_labels
+    held_out = data.validation_images, data.validation_labels
+    run.train("diffusion", loss, train_set, held_out, **plan(run.config))
 
 
 def embed(models: Models, images: Tensor) -> Tensor:

@@ -54,10 +54,10 @@ class Config:
     # samples; the s_... are of the stochastic sampler
     sampler: str = option("heun", "ODE or SDE", choices=("heun", "stochastic"), resume="keep")
     sampling_steps: int = option(18, "steps, of two evaluations each", 1, 1000, resume="keep")
-    s_churn: float = option(10.0, "noise added, shared out over the steps", 0.0, 1e3, resume="keep")
-    s_tmin: float = option(0.05, "lowest sigma at which noise is added", 0.0, 1e3, resume="keep")
-    s_tmax: float = option(50.0, "highest sigma at which noise is added", 0.0, 1e3, resume="keep")
-    s_noise: float = option(1.003, "standard deviation of that noise", 0.0, 2.0, resume="keep")
+    s_churn: float = option(10.0, "stochastic: noise, over all steps", 0.0, 1e3, resume="keep")
+    s_tmin: float = option(0.05, "stochastic: lowest sigma with noise", 0.0, 1e3, resume="keep")
+    s_tmax: float = option(50.0, "stochastic: highest sigma with noise", 0.0, 1e3, resume="keep")
+    s_noise: float = option(1.003, "stochastic: the noise's deviation", 0.0, 2.0, resume="keep")
     guidance_scale: float = option(3.0, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: float = option(0.25, "sigma where guidance ends", 0.0, 1e3, resume="keep")
     guidance_high: float = option(3.0, "sigma where guidance begins", 0.0, 1e3, resume="keep")
@@ -305,10 +305,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         partial(edm_loss, **{name: getattr(config, name) for name in names}),
         (data.train_images, data.train_labels),
         (data.validation_images, data.validation_labels),
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        muon_learning_rate=config.muon_learning_rate,
+        **plan(config),
     )
 
 
@@ -348,11 +345,12 @@ def save_own_figures(models: Models, data: Data, output: Path) -> None:
 
 def save_guidance(models: Models, output: Path) -> None:
     """The same noise of each class at rising guidance."""
-    labels, scales = labels_in_turn(10, models.device), (0, 1, 1.5, 2, 3, 5, 8)
+    labels, config = labels_in_turn(10, models.device), models.config
+    scales = sorted({0, 1, 2, 5, 8, config.guidance_scale})
     columns = [generate_samples(models.with_settings(guidance_scale=w), labels) for w in scales]
     path, names = output / "guidance" / f"guidance_epoch_{models.epoch}.png", list(CLASS_NAMES)
-    title = "The same noise at rising guidance w"
-    save_grid(path, torch.stack(columns, dim=1), names, [f"w={w}" for w in scales], title)
+    title = f"Rising w, above 1 only from {config.guidance_high:g} to {config.guidance_low:g}"
+    save_grid(path, torch.stack(columns, dim=1), names, [f"w={w:g}" for w in scales], title)
 
 
 def save_nearest_neighbours(models: Models, data: Data, output: Path) -> None:
@@ -386,10 +384,11 @@ def save_nearest_neighbours(models: Models, data: Data, output: Path) -> None:
 #   decode(models, states) back to images
 #   save_own_figures(models, data, output)           the figures that only this experiment has
 #
-# It offers `Run.train`, `Rng`, `Models`, `Data`, `Trajectories`; in chunks `once`, `embed_images`,
-# `decode_images`; for samples `labels_in_turn`, `class_weights`, `noise_of_samples`, `last_state`,
-# `trajectory`, `generate_samples`; for figures `save_grid`, `scatter_classes`, `save_figure`. In
-# shapes, B is a batch, N all there are, S steps, C channels; `classes` are class weights (B, 11).
+# It offers most of all `Run.train`, `plan`, `Rng`, `Models`, `Data`, `Trajectories`; in chunks
+# `once`, `embed_images`, `decode_images`; for samples `labels_in_turn`, `class_weights`,
+# `noise_of_samples`, `last_state`, `trajectory`, `generate_samples`; for figures `save_grid`,
+# `save_figure`, `scatter_classes`. In shapes, B is a batch, N all there are, S steps, C channels;
+# `classes` are class weights (B, 11).
 # ==================================================================================================
 
 import argparse
@@ -467,19 +466,19 @@ class Settings(Config):
     seed: int = option(0, "seed of training", 0, 2**31 - 1)
     ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     train_images: int = option(55_000, "training images, from the first on", 10, 55_000, quick=1280)
-    checkpoint_minutes: float = option(3.0, "between saves in an epoch", 0.0, 1e4, resume="keep")
+    checkpoint_minutes: float = option(3.0, "minutes between saves", 0.0, 1e4, resume="keep")
     figures_every: int = option(50, "epochs between full figures", 1, 100_000, resume="keep")
     output_dir: str = once_only("", "folder for all that a run writes (empty: output/ here)")
-    data_dir: str = once_only("", "torchvision's root (empty: the repository's data/)")
+    data_dir: str = once_only("", "torchvision's root (empty: data/ of the repository, or here)")
     device: str = once_only("auto", "cpu, cuda, cuda:N, mps; auto: the best")
     fresh: bool = once_only(False, "start over; the old run moves to OUTPUT_DIR/old_runs")
     quick: bool = once_only(False, "the whole pipeline, tiny, into output/quick")
     sample_only: bool = once_only(False, "no training: all figures, or the samples asked for")
     run_dir: str = once_only("", "with --sample-only: the run's output folder, if another")
-    pretrained: bool = once_only(False, "with --sample-only: from the weights that come along")
+    pretrained: bool = once_only(False, "with --sample-only: the weights that come along")
     class_: str = once_only("all", "with --sample-only: a PNG of it", choices=("all", *TITLES))
-    num_samples: int = once_only(16, "with --sample-only: a PNG of so many samples", 1, 10**6)
-    export_samples: int = once_only(0, "write so many samples to samples.npz", 0, 10**6)
+    num_samples: int = once_only(16, "with --sample-only: a PNG of this many samples", 1, 10**6)
+    export_samples: int = once_only(0, "write this many samples to samples.npz", 0, 10**6)
     sampling_seed: int = once_only(0, "seed of the samples' noise", 0, 2**31 - 1)
 
     def __post_init__(self):
@@ -1100,6 +1099,14 @@ class Stage:
         return row | {"images_per_second": rate} | parts
 
 
+def plan(config: Settings, stage: str = "") -> dict:
+    """What `Run.train` takes from the settings: `epochs`, `batch_size`, `learning_rate` and
+    `muon_learning_rate`, or those that begin with the stage's name, where they exist."""
+    prefix, settings = f"{stage}_" if stage else "", vars(config)
+    names = ("epochs", "batch_size", "learning_rate", "muon_learning_rate")
+    return {name: settings[prefix + name] for name in names if prefix + name in settings}
+
+
 class Run:
     """A run: its settings, its networks, its history, and the folder that they are saved in."""
 
@@ -1134,9 +1141,9 @@ class Run:
             torch._inductor.config.deterministic = True
             trained = torch.compile(loss)
         rates = {"adamw": learning_rate, "muon": muon_learning_rate}
-        plan = {"epochs": epochs, "batch_size": batch_size, "rates": rates}
-        plan["ema_decay"] = self.config.ema_decay
-        stage = Stage(name, network, self.averages[name], trained, len(arrays[0]), **plan)
+        how = {"epochs": epochs, "batch_size": batch_size, "rates": rates}
+        how["ema_decay"] = self.config.ema_decay
+        stage = Stage(name, network, self.averages[name], trained, len(arrays[0]), **how)
         self.stages[name] = stage
         if name in self.restored:
             stage.restore(self.restored[name])
@@ -1889,7 +1896,7 @@ def run_training(given: dict, output: Path) -> Models:
     state, count = "resumed" if checkpoint else "fresh", f", {world()} processes"
     where = f"{device}{count if world() > 1 else ''}, torch {torch.__version__}"
     print(f"{VERSION} on {where}, {state}; output: {output}")
-    print("trains what is left to train, then writes the figures")
+    print("training what is left, then drawing the figures")
     if config.quick:
         print("--quick: its pictures are noise and only show that the installation works")
     data = load_fashion_mnist(config, device)

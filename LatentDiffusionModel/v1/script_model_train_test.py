@@ -51,7 +51,7 @@ class Config:
     autoencoder_muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
     autoencoder_width: int = option(32, "channels at 14x14", 8, 512, multiple=8, quick=8)
     latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
-    kl_weight: float = option(0.2, "weight of the KL divergence, in the ELBO 1", 0.0, 100.0)
+    kl_weight: float = option(0.2, "weight of the KL divergence (1 in the ELBO)", 0.0, 100.0)
     # stage 2: the diffusion
     guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=25, quick=1, resume="keep")
     epochs: int = option(8, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
@@ -61,7 +61,7 @@ class Config:
     # samples
     sampling_steps: int = option(36, "steps of DDIM", 1, 1000, resume="keep")
     eta: float = option(0.65, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
-    guidance_scale: float = option(2.25, "w of g + w (d - g)", 0.0, 20.0, resume="keep")
+    guidance_scale: float = option(2.25, "1: none, 0: the guide alone", 0.0, 20.0, resume="keep")
     guidance_low: int = option(0, "t where guidance ends", 0, 1000, resume="keep")
     guidance_high: int = option(600, "t where guidance begins", 0, 1000, resume="keep")
 
@@ -380,10 +380,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         partial(negative_elbo, kl_weight=config.kl_weight),
         (data.train_images,),
         (data.validation_images,),
-        epochs=config.autoencoder_epochs,
-        batch_size=config.autoencoder_batch_size,
-        learning_rate=config.autoencoder_learning_rate,
-        muon_learning_rate=config.autoencoder_muon_learning_rate,
+        **plan(config, "autoencoder"),
         after_epoch=partial(save_reconstructions, models, data, run.output),
     )
     posteriors = once(autoencoder.posterior, data.train_images)
@@ -397,9 +394,8 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
         return noise_prediction_loss(denoiser, draw_latents(posteriors, rng), rng)
 
     what = loss, (autoencoder.standardise(posteriors),), (autoencoder.standardise(held_out),)
-    how = {"batch_size": config.batch_size, "learning_rate": config.learning_rate}
-    run.train("guide", *what, epochs=config.guide_epochs, **how)
-    run.train("diffusion", *what, epochs=config.epochs, **how)
+    run.train("guide", *what, **plan(config) | plan(config, "guide"))
+    run.train("diffusion", *what, **plan(config))
 
 
 def embed(models: Models, images: Tensor) -> Tensor:
@@ -537,10 +533,11 @@ def save_prior(models: Models, data: Data, output: Path) -> None:
 #   decode(models, states) back to images
 #   save_own_figures(models, data, output)           the figures that only this experiment has
 #
-# It offers `Run.train`, `Rng`, `Models`, `Data`, `Trajectories`; in chunks `once`, `embed_images`,
-# `decode_images`; for samples `labels_in_turn`, `class_weights`, `noise_of_samples`, `last_state`,
-# `trajectory`, `generate_samples`; for figures `save_grid`, `scatter_classes`, `save_figure`. In
-# shapes, B is a batch, N all there are, S steps, C channels; `classes` are class weights (B, 11).
+# It offers most of all `Run.train`, `plan`, `Rng`, `Models`, `Data`, `Trajectories`; in chunks
+# `once`, `embed_images`, `decode_images`; for samples `labels_in_turn`, `class_weights`,
+# `noise_of_samples`, `last_state`, `trajectory`, `generate_samples`; for figures `save_grid`,
+# `save_figure`, `scatter_classes`. In shapes, B is a batch, N all there are, S steps, C channels;
+# `classes` are class weights (B, 11).
 # ==================================================================================================
 
 import argparse
@@ -618,19 +615,19 @@ class Settings(Config):
     seed: int = option(0, "seed of training", 0, 2**31 - 1)
     ema_decay: float = option(0.998, "decay of the averages a step", 0.0, 0.999999, gpu=0.9995)
     train_images: int = option(55_000, "training images, from the first on", 10, 55_000, quick=1280)
-    checkpoint_minutes: float = option(3.0, "between saves in an epoch", 0.0, 1e4, resume="keep")
+    checkpoint_minutes: float = option(3.0, "minutes between saves", 0.0, 1e4, resume="keep")
     figures_every: int = option(50, "epochs between full figures", 1, 100_000, resume="keep")
     output_dir: str = once_only("", "folder for all that a run writes (empty: output/ here)")
-    data_dir: str = once_only("", "torchvision's root (empty: the repository's data/)")
+    data_dir: str = once_only("", "torchvision's root (empty: data/ of the repository, or here)")
     device: str = once_only("auto", "cpu, cuda, cuda:N, mps; auto: the best")
     fresh: bool = once_only(False, "start over; the old run moves to OUTPUT_DIR/old_runs")
     quick: bool = once_only(False, "the whole pipeline, tiny, into output/quick")
     sample_only: bool = once_only(False, "no training: all figures, or the samples asked for")
     run_dir: str = once_only("", "with --sample-only: the run's output folder, if another")
-    pretrained: bool = once_only(False, "with --sample-only: from the weights that come along")
+    pretrained: bool = once_only(False, "with --sample-only: the weights that come along")
     class_: str = once_only("all", "with --sample-only: a PNG of it", choices=("all", *TITLES))
-    num_samples: int = once_only(16, "with --sample-only: a PNG of so many samples", 1, 10**6)
-    export_samples: int = once_only(0, "write so many samples to samples.npz", 0, 10**6)
+    num_samples: int = once_only(16, "with --sample-only: a PNG of this many samples", 1, 10**6)
+    export_samples: int = once_only(0, "write this many samples to samples.npz", 0, 10**6)
     sampling_seed: int = once_only(0, "seed of the samples' noise", 0, 2**31 - 1)
 
     def __post_init__(self):
@@ -1251,6 +1248,14 @@ class Stage:
         return row | {"images_per_second": rate} | parts
 
 
+def plan(config: Settings, stage: str = "") -> dict:
+    """What `Run.train` takes from the settings: `epochs`, `batch_size`, `learning_rate` and
+    `muon_learning_rate`, or those that begin with the stage's name, where they exist."""
+    prefix, settings = f"{stage}_" if stage else "", vars(config)
+    names = ("epochs", "batch_size", "learning_rate", "muon_learning_rate")
+    return {name: settings[prefix + name] for name in names if prefix + name in settings}
+
+
 class Run:
     """A run: its settings, its networks, its history, and the folder that they are saved in."""
 
@@ -1285,9 +1290,9 @@ class Run:
             torch._inductor.config.deterministic = True
             trained = torch.compile(loss)
         rates = {"adamw": learning_rate, "muon": muon_learning_rate}
-        plan = {"epochs": epochs, "batch_size": batch_size, "rates": rates}
-        plan["ema_decay"] = self.config.ema_decay
-        stage = Stage(name, network, self.averages[name], trained, len(arrays[0]), **plan)
+        how = {"epochs": epochs, "batch_size": batch_size, "rates": rates}
+        how["ema_decay"] = self.config.ema_decay
+        stage = Stage(name, network, self.averages[name], trained, len(arrays[0]), **how)
         self.stages[name] = stage
         if name in self.restored:
             stage.restore(self.restored[name])
@@ -2040,7 +2045,7 @@ def run_training(given: dict, output: Path) -> Models:
     state, count = "resumed" if checkpoint else "fresh", f", {world()} processes"
     where = f"{device}{count if world() > 1 else ''}, torch {torch.__version__}"
     print(f"{VERSION} on {where}, {state}; output: {output}")
-    print("trains what is left to train, then writes the figures")
+    print("training what is left, then drawing the figures")
     if config.quick:
         print("--quick: its pictures are noise and only show that the installation works")
     data = load_fashion_mnist(config, device)
