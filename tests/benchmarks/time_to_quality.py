@@ -36,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import feature_extractor as fe
@@ -364,7 +364,8 @@ def format_points(points, floors, args, device):
 
 
 def save_plot(points, floors, path):
-    """A plot of what each eye sees against minutes, a line a model; dashed, the balanced floor."""
+    """A plot of what each eye sees against minutes: a line a model, dotted where it knows no
+    classes; dashed, the balanced floor."""
     eyes = {
         "percent_of_blur": "a classifier: FMD",
         "swd_percent_of_blur": "patches: SWD",
@@ -375,14 +376,18 @@ def save_plot(points, floors, path):
         for model in dict.fromkeys(point.model for point in points):
             own = [point for point in points if point.model == model]
             places = [(point.minutes, point.scores[key]) for point in own]
-            axes.plot(*zip(*places), "o-", markersize=4, label=model)
+            style = "o:" if own[0].scores["accuracy"] is None else "o-"
+            axes.plot(*zip(*places), style, markersize=4, label=model)
         axes.axhline(floors[0][key], color="0.5", linestyle="--", label="real training images")
         axes.set(title=title, xlabel="minutes of training", yscale="log", xlim=(0, None))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel("of the blurred reference's")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    how = {"title": "solid: with classes, dotted: without", "ncols": 2, "fontsize": 8}
+    figure.legend(handles, labels, loc="outside lower center", **how)
     figure.savefig(path, dpi=100)
 
 
