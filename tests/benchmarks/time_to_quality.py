@@ -378,7 +378,7 @@ def save_plot(points, floors, path):
             places = [(point.minutes, point.scores[key]) for point in own]
             style = "o:" if own[0].scores["accuracy"] is None else "o-"
             axes.plot(*zip(*places), style, markersize=4, label=model)
-        axes.axhline(floors[0][key], color="0.5", linestyle="--", label="real training images")
+        axes.axhline(floors[0][key], color="black", linestyle="--", label="real training images")
         axes.set(title=title, xlabel="minutes of training", yscale="log", xlim=(0, None))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
