@@ -2,8 +2,9 @@
 
 A UNet is trained to denoise images at noise levels sigma from nearly nothing to far above the
 image, in the preconditioned form of Karras et al., which keeps its inputs and targets at unit
-variance at every level. Sampling follows the probability-flow ODE from sigma_max to zero with
-Heun's method, or the paper's stochastic sampler, under classifier-free guidance.
+variance at every level; and a guide, the same UNet trained for less, to show what to avoid.
+Sampling follows the probability-flow ODE from sigma_max to zero with Heun's method, or the paper's
+stochastic sampler, under guidance.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
@@ -11,9 +12,9 @@ Heun's method, or the paper's stochastic sampler, under classifier-free guidance
     python script_model_train_test.py --sample-only --export-samples 10000
 
 Papers: EDM (Karras et al. 2022, arXiv 2206.00364); the UNet with attention (Ho et al. 2020,
-2006.11239) and adaptive group normalisation (Dhariwal & Nichol 2021, 2105.05233); classifier-free
-guidance (Ho & Salimans 2022, 2207.12598), in an interval (Kynkäänniemi et al. 2024, 2404.07724);
-Muon, the optimizer of hidden matrices (Jordan et al. 2024).
+2006.11239) and adaptive group normalisation (Dhariwal & Nichol 2021, 2105.05233); guidance (Ho &
+Salimans 2022, 2207.12598; Karras et al. 2024, 2406.02507) in an interval (Kynkäänniemi et al. 2024,
+2404.07724); Muon, the optimizer of hidden matrices (Jordan et al. 2024).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=Non
 class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
-    epochs: int = option(10, "epochs of training", 1, 100_000, gpu=180, quick=2, resume="keep")
+    guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=18, quick=1, resume="keep")
+    epochs: int = option(9, "epochs of training", 1, 100_000, gpu=180, quick=2, resume="keep")
     batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
     learning_rate: float = option(2e-3, "peak of AdamW", 1e-8, 1.0)
     muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
@@ -58,7 +60,7 @@ class Config:
     s_tmin: float = option(0.05, "stochastic: lowest sigma with noise", 0.0, 1e3, resume="keep")
     s_tmax: float = option(50.0, "stochastic: highest sigma with noise", 0.0, 1e3, resume="keep")
     s_noise: float = option(1.003, "stochastic: the noise's deviation", 0.0, 2.0, resume="keep")
-    guidance_scale: float = option(3.0, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    guidance_scale: float = option(2.0, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: float = option(0.25, "sigma where guidance ends", 0.0, 1e3, resume="keep")
     guidance_high: float = option(3.0, "sigma where guidance begins", 0.0, 1e3, resume="keep")
 
@@ -162,7 +164,7 @@ def sample(
     """States and guesses, noise (B, 1, 28, 28) to images in [-1, 1], for class weights (B, 11)."""
     config = models.config
     interval = config.guidance_low, config.guidance_high
-    denoise = guided(models.diffusion, classes, config.guidance_scale, *interval)
+    denoise = guided(models.diffusion, classes, config.guidance_scale, *interval, models.guide)
     sigmas = noise_levels(steps or config.sampling_steps)
     if config.sampler == "heun" or fresh is None:
         return heun(denoise, noise, sigmas)
@@ -293,20 +295,20 @@ def state_shape(config: Config) -> tuple[int, int, int]:
 
 
 def build_networks(config: Config) -> dict[str, nn.Module]:
-    """The one network, and its only stage of training."""
-    return {"diffusion": UNetDenoiser(config.width)}
+    """What each stage trains: the guide is the denoiser, trained for less."""
+    return {"diffusion": UNetDenoiser(config.width), "guide": UNetDenoiser(config.width)}
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    """Trains the network on the images and their labels."""
+    """Trains the guide and the diffusion on the images and their labels."""
     config, names = run.config, ("class_dropout", "p_mean", "p_std")
-    run.train(
-        "diffusion",
+    what = (
         partial(edm_loss, **{name: getattr(config, name) for name in names}),
         (data.train_images, data.train_labels),
         (data.validation_images, data.validation_labels),
-        **plan(config),
     )
+    run.train("guide", *what, **plan(config) | plan(config, "guide"))
+    run.train("diffusion", *what, **plan(config))
 
 
 def embed(models: Models, images: Tensor) -> Tensor:
