@@ -45,7 +45,7 @@ class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
     guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=18, quick=1, resume="keep")
-    epochs: int = option(9, "epochs of training", 1, 100_000, gpu=180, quick=2, resume="keep")
+    epochs: int = option(9, "epochs of training", 1, 100_000, gpu=162, quick=2, resume="keep")
     batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
     learning_rate: float = option(2e-3, "peak of AdamW", 1e-8, 1.0)
     muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
