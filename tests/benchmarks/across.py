@@ -38,9 +38,9 @@ IDEAS = {  # in the order in which the scripts are to be read
     "ImageDiffusionModel/CNN": "DDPM on pixels:\npredicts the noise",
     "LatentDiffusionModel/v1": "the same on latents\nof an autoencoder",
     "LatentDiffusionModel/v2": "classes, cosine\nschedule, predicts v",
-    "ImageDiffusionModel/Transformer": "on pixels again:\npatches attend",
+    "ImageDiffusionModel/Transformer": "on pixels again:\nno convolutions",
     "ImageDiffusionModel/UNet": "EDM: noise levels σ,\nHeun's steps",
-    "LatentDiffusionModel/v3": "rectified flow:\nstraight paths",
+    "LatentDiffusionModel/v3": "rectified flow:\nstraighter paths",
 }
 BOOT = 9  # label of Ankle boot; so sample 9 is the first one where there are classes
 LADDER_STEPS = 10

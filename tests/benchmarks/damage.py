@@ -1,6 +1,6 @@
 """What each number of ``quality.py`` says of known damage to real images.
 
-    python tests/benchmarks/damage.py              the table of README.md, beside this file
+    python tests/benchmarks/damage.py              the tables of README.md, beside this file
     python tests/benchmarks/damage.py --features   how the class-free features were chosen
 
 Every row is 10,000 training images, 1,000 a class and none of them in the reference rows, that were
@@ -23,7 +23,7 @@ import quality
 PER_CLASS = 1_000
 SHOES = torch.tensor([5, 7, 9])  # sandal, sneaker, ankle boot
 MISSING = 9  # the class of which images go missing
-COLUMNS = {
+DISTANCES = {
     "FMD": ("percent_of_blur", "{:.2f}%"),
     "SWD": ("swd_percent_of_blur", "{:.1f}%"),
     "28": ("swd_28_percent_of_blur", "{:.1f}%"),
@@ -32,9 +32,15 @@ COLUMNS = {
     "random features": ("fd_random_percent_of_blur", "{:.2f}%"),
     "worst": ("worst_percent_of_blur", "{:.1f}%"),
     "detail": ("detail", "{:.3f}"),
+}
+NEIGHBOURS = {
+    "density": ("density", "{:.3f}"),
     "coverage": ("coverage", "{:.3f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
     "accuracy": ("accuracy", "{:.1%}"),
     "near-copies": ("copying", "{:.1%}"),
+    "nn ratio": ("nn_distance_ratio", "{:.3f}"),
 }
 
 
@@ -136,11 +142,19 @@ def print_table(head, rows):
         print(f"| {' | '.join(row)} |", flush=True)
 
 
-def score_damages(reference):
-    """Yield the cells of the table of README.md."""
+def print_scores(reference):
+    """Print the tables of README.md: the distances, then what neighbours and the classifier say."""
+    scores = {}
     for words, images, labels in damages(reference["train_images"], reference["train_labels"]):
-        row = quality.score_against(images, labels, reference)
-        yield [words, *(form.format(row[key]) for key, form in COLUMNS.values())]
+        scores[words] = quality.score_against(images, labels, reference)
+        print(f"scored: {words}", file=sys.stderr)
+    for columns in (DISTANCES, NEIGHBOURS):
+        rows = (
+            [words, *(form.format(row[key]) for key, form in columns.values())]
+            for words, row in scores.items()
+        )
+        print_table(["damage", *columns], rows)
+        print()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,7 +231,7 @@ def main(argv=None):
     if args.features:
         print_table(["damage", *candidates(reference["images"])], compare_features(reference))
     else:
-        print_table(["damage", *COLUMNS], score_damages(reference))
+        print_scores(reference)
 
 
 if __name__ == "__main__":
