@@ -249,15 +249,15 @@ def test_unreadable_data_is_named(module, no_network, data, tmp_path, kind):
     assert str(path) in refusal(module, flags(module, tmp_path / "output", root))
 
 
-@pytest.mark.parametrize("kind", ["cut short", "empty", "wrong kind"])
+@pytest.mark.parametrize("kind", ["cut short", "empty", "wrong kind", "the other file"])
 @pytest.mark.parametrize("number", [0, 1])
 def test_damaged_unpacked_file_is_read_from_its_archive(
     module, no_network, tiny_archives, data, capsys, kind, number
 ):
     path = data / ARCHIVES[number].removesuffix(".gz")
-    good = path.read_bytes()
+    good, other = path.read_bytes(), data / ARCHIVES[1 - number].removesuffix(".gz")
     bad = {"cut short": good[:-1], "empty": b"", "wrong kind": b"\0\0\x0d" + good[3:]}
-    path.write_bytes(bad[kind])
+    path.write_bytes(bad[kind] if kind in bad else other.read_bytes())
     assert load(module, data) == 640
     assert f"{path} is damaged" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ import dataclasses
 import html
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -250,7 +251,7 @@ def test_text_is_escaped(finished, page, seen):
     assert "<b>" not in page
 
 
-def test_commands_resume_sample_and_extend_this_run(finished, seen, monkeypatch):
+def test_commands_resume_sample_and_extend_this_run(finished, seen, tiny_data_dir, monkeypatch):
     given = []
     monkeypatch.setattr(finished.module, "run_training", lambda *args: given.append(args))
     monkeypatch.setattr(finished.module, "load_trained", lambda *args, **k: given.append(args))
@@ -262,6 +263,7 @@ def test_commands_resume_sample_and_extend_this_run(finished, seen, monkeypatch)
         finished.module.main(line[2:])
     (resumed, output), (source, *_), (extended, _) = given
     assert output == source == finished.output
+    assert Path(resumed["data_dir"]) == Path(extended["data_dir"]) == tiny_data_dir
     assert extended["epochs"] > 3 and "epochs" not in resumed
     shutil.rmtree(finished.output.parents[1])
 
@@ -402,6 +404,12 @@ def test_page_before_there_are_trajectories_works(browse, finished, tmp_path):
     seen = browse(tmp_path / "empty" / "index.html")
     assert (seen.console, seen.error) == ([], None)
     assert seen.epochs == [] and not [link for link, _ in seen.pictures if link]
+
+
+def test_page_of_a_folder_whose_name_is_no_utf_8_is_written(finished, tmp_path):
+    output = tmp_path / os.fsdecode(b"run\xff")
+    finished.module.save_page(finished.module.load_trained(finished.moved, "cpu"), output)
+    assert r"run\udcff</h1>" in (output / "index.html").read_text(encoding="utf-8")
 
 
 def test_page_of_a_version_without_classes_and_latents(

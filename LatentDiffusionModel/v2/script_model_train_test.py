@@ -591,18 +591,12 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import center_crop
 from torchvision.utils import make_grid
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: two runs on one output folder are not told apart there
-    fcntl = None
 
 # --- Settings and command line --------------------------------------------------------------------
 
@@ -853,9 +847,9 @@ def from_first(function: Callable[[], Any]) -> Any:
 def average_over_processes(tensors: list[Tensor]) -> None:
     """Replaces each tensor by its mean over all processes."""
     if world() > 1:
-        flat = parameters_to_vector(tensors)
+        flat = nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(flat)
-        vector_to_parameters(flat / world(), tensors)
+        nn.utils.vector_to_parameters(flat / world(), tensors)
 
 
 def agreed_signal(signals: list[int]) -> int:
@@ -873,7 +867,9 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
-            if fcntl is not None:
+            if os.name == "posix":  # Windows has no flock: two runs are not told apart there
+                import fcntl
+
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ExperimentError(f"another run is using the folder {folder}") from None
@@ -899,14 +895,13 @@ class Data(NamedTuple):
 def read_idx(raw: Path, name: str) -> np.ndarray | None:
     """The array in an unpacked idx file, else in its archive; None if there is no good one. A file
     is good if its size is what its header says, an archive if its MD5 is torchvision's."""
+    magic, offset = (b"\0\0\x08\x03", 16) if "images" in name else (b"\0\0\x08\x01", 8)
     for path in (raw / name, raw / f"{name}.gz"):
         md5 = dict(FashionMNIST.resources).get(path.name)  # only archives have one
         if check_integrity(path, md5):
             content = gzip.decompress(path.read_bytes()) if md5 else path.read_bytes()
-            header = np.frombuffer(content[:16].ljust(16, b"\0"), ">i4")
-            shape = {0x803: header[1:4], 0x801: header[1:2]}.get(int(header[0]), header[:0])
-            offset = 4 + 4 * len(shape)
-            if len(shape) and len(content) == offset + int(np.prod(shape, dtype=np.int64)):
+            shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, offset, 4)]
+            if content.startswith(magic) and len(content) == offset + math.prod(shape):
                 return np.frombuffer(content, np.uint8, offset=offset).reshape(shape)
             print(f"warning: {path} is damaged")
     return None
@@ -1152,9 +1147,6 @@ class Muon(torch.optim.Optimizer):
     without weight decay. A convolution is the matrix of its output channels by all the rest. (The
     one in torch takes no convolutions, and always computes in bfloat16, slow where not native.)"""
 
-    def __init__(self, weights: list[nn.Parameter], learning_rate: float):
-        super().__init__(weights, {"lr": learning_rate})
-
     @torch.no_grad()
     def step(self) -> None:
         """One step along the gradients of the weights."""
@@ -1177,7 +1169,7 @@ def build_optimizers(network: nn.Module, rates: dict[str, float]) -> dict[str, A
         wide = weight.ndim > 1 and min(weight.flatten(1).shape) > 16
         (hidden if wide and rates["muon"] else others).append(weight)
     adamw = torch.optim.AdamW(others, rates["adamw"], (0.9, 0.99), fused=True)
-    return {"adamw": adamw} | ({"muon": Muon(hidden, rates["muon"])} if hidden else {})
+    return {"adamw": adamw} | ({"muon": Muon(hidden, {"lr": rates["muon"]})} if hidden else {})
 
 
 class Stage:
@@ -1354,13 +1346,11 @@ def noted_signals() -> Iterator[list[int]]:
         noted.append(number)
         signal.signal(number, old[number])
 
-    for number in old:
-        signal.signal(number, note)
-    try:
-        yield noted
-    finally:
+    with contextlib.ExitStack() as restored:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            restored.callback(signal.signal, number, handler)
+            signal.signal(number, note)
+        yield noted
     if noted:  # too late for the loop to heed it
         signal.raise_signal(noted[0])
 
@@ -1523,13 +1513,11 @@ def noise_of_samples(models: Models, numbers: range) -> Fresh:
 
 
 @torch.inference_mode()
-def trajectory(
-    models: Models, noise: Tensor, classes: Tensor, steps: int = 0
-) -> tuple[Tensor, Tensor]:
+def trajectory(models: Models, noise: Tensor, classes: Tensor, steps: int = 0) -> list[Tensor]:
     """The deterministic sampler's states, noise first, and its guesses: (S + 1, B, ...) each."""
     with arithmetic(noise.device):
-        states, guesses = zip(*sample(models, noise, classes, steps))
-    return torch.stack(states), torch.stack(guesses)
+        pairs = zip(*sample(models, noise, classes, steps))
+        return [torch.stack(part) for part in pairs]
 
 
 @torch.inference_mode()
@@ -1588,7 +1576,7 @@ def export_samples(models: Models, count: int, output: Path) -> None:
 
 # --- Figures --------------------------------------------------------------------------------------
 
-CLASS_COLOURS = matplotlib.colormaps["tab10"].colors
+CLASS_COLOURS = [*matplotlib.colors.TABLEAU_COLORS.values()]  # in hexadecimal
 PATH_STEPS = 20  # sampler steps of the trajectories that are drawn
 
 
@@ -1634,19 +1622,15 @@ def save_grid(
 def save_loss_curves(history: list[dict], path: Path) -> None:
     """Training and validation loss by epoch, each part of a stage's loss by itself. A loss of one
     epoch is written below the curves, once there are curves."""
-    panels: dict[tuple[str, str], list[tuple]] = {}
+    panels = collections.defaultdict(list)  # by stage and part: epoch, training, validation
     for row in history:
         for part, value in row["train_parts"].items():
-            points = panels.setdefault((row["stage"], part), [])
-            points.append((row["epoch"], value, row["validation_parts"][part]))
+            panels[row["stage"], part].append((row["epoch"], value, row["validation_parts"][part]))
     if not panels:
         return
     drawn = {key: points for key, points in panels.items() if len(points) > 1} or panels
-    single = [
-        f"{stage}, one epoch: {part} {points[0][1]:.4f}, validation {points[0][2]:.4f}"
-        for (stage, part), points in panels.items()
-        if (stage, part) not in drawn
-    ]
+    text = "{}, one epoch: {} {:.4f}, validation {:.4f}"
+    single = [text.format(*key, *panels[key][0][1:]) for key in panels if key not in drawn]
     columns = min(3, len(drawn))
     rows = math.ceil(len(drawn) / columns)
     figure = Figure(figsize=(8.4, 0.4 + 2.8 * rows + 0.2 * len(single)), layout="constrained")
@@ -1722,8 +1706,7 @@ def scatter_classes(axes, points: np.ndarray, labels: np.ndarray, strong: int = 
         axes.scatter(*points[labels == label].T, label=name, **style)
     place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
     legend = axes.legend(fontsize=9, markerscale=2.5, frameon=False, **place)
-    for handle in legend.legend_handles:
-        handle.set_alpha(1)
+    matplotlib.artist.setp(legend.legend_handles, alpha=1)
 
 
 def label_path(axes, path: np.ndarray, captions: list[str]) -> None:
@@ -1880,7 +1863,7 @@ button[aria-selected=true] { background: #06c; color: #fff }
 </style>
 <h1>$title</h1><p>$state</p><h2>Samples</h2>
 <label for="samples">epoch <output id="epoch">: none yet</output></label>
-<input type="range" id="samples" min="0" max="0" aria-label="epoch">
+<input type="range" id="samples" max="$last" value="$last" aria-label="epoch" autocomplete="off">
 <p><img id="sheet" alt="samples of the epoch that the slider shows"></p>
 <section id="paths" hidden><h2>From noise to image, epoch </h2>
 <div role="tablist" id="tabs" aria-label="class"></div>
@@ -1903,11 +1886,8 @@ function showSheet() {
   tell("samples", "epoch", epoch);
   get("sheet").src = file;
 }
-if (sheets.length) {
-  const last = sheets.length - 1;
-  Object.assign(get("samples"), {max: last, value: last, oninput: showSheet});
-  showSheet();
-}
+get("samples").oninput = showSheet;
+if (sheets.length) showSheet();
 if (paths) {
   const points = Object.values(paths.classes).flatMap(c => c.path).concat(paths.scatter);
   const [xs, ys] = [0, 1].map(k => points.map(p => p[k])), last = paths.captions.length - 1;
@@ -1942,11 +1922,9 @@ if (paths) {
     get("figure").src = current.png;
     showStep();
   }
-  for (const [name, {label}] of Object.entries(paths.classes)) {
-    const tab = get("tabs").appendChild(document.createElement("button"));
-    Object.assign(tab, {textContent: name, role: "tab", onclick: () => showClass(name)});
-    tab.style.borderBottomColor = colours[label] || "";
-  }
+  get("tabs").innerHTML = Object.entries(paths.classes).map(([name, {label}]) => `<button role="tab"
+    style="border-bottom-color: $${colours[label]}">$${name}</button>`).join("");
+  get("tabs").onclick = ({target}) => target.matches("button") && showClass(target.textContent);
   Object.assign(get("step"), {max: last, oninput: showStep});
   Object.assign(get("paths"), {hidden: false}).querySelector("h2").append(paths.epoch);
   showClass(Object.keys(paths.classes)[0]);
@@ -1982,8 +1960,8 @@ def save_page(models: Models, output: Path) -> None:
         for file in [html.escape(file) for epoch, file in files if epoch == max(files)[0]]:
             figures += f'<p><img src="{file}" alt="{file}"></p>\n'
     written = output.glob("denoise_with_diffusion_path/paths_epoch_*.json")
-    written = sorted(written, key=lambda path: path.stat().st_mtime)
-    paths = ["null", *(path.read_text() for path in written[-1:])]
+    newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
+    paths = newest.read_text() if newest else "null"
     settings = [["setting", "value", "unless the default"]]
     for name, usual in default_settings(device).items():
         value = getattr(config, name)
@@ -1996,20 +1974,21 @@ def save_page(models: Models, output: Path) -> None:
     for row in history[-1:]:
         state += f", up to epoch {row['epoch']} of {row['stage']}"
     state += f"; this page is of {time.strftime('%Y-%m-%d %H:%M')}. Command: "
-    run = shlex.join(["python", Path(__file__).name, "--output-dir", str(output)])
+    places = {"--output-dir": str(output), "--data-dir": config.data_dir, "--device": config.device}
+    given = [part for pair in places.items() if pair[1] not in ("", "auto") for part in pair]
+    run = shlex.join(["python", Path(__file__).name, *given])
     commands = f"{run}\n{run} --sample-only --num-samples 16\n{run} --epochs {2 * config.epochs}"
     if not (output / "checkpoints").is_dir():  # of a run or of weights elsewhere
         commands = f"{shlex.join(['python', *sys.argv])} --num-samples 16"
-    colours = [matplotlib.colors.to_hex(colour) for colour in CLASS_COLOURS]
-    data = {"sheets": json.dumps(sheets), "colours": json.dumps(colours), "paths": paths[-1]}
+    data = {"sheets": json.dumps(sheets), "colours": json.dumps(CLASS_COLOURS), "paths": paths}
     page = PAGE.substitute(
         {name: text.replace("<", "\\u003c") for name, text in data.items()},
         title=html.escape(f"{VERSION}: {output.name}"), figures=figures,
         state=html.escape(state + shlex.join(sys.argv)), commands=html.escape(commands),
         metrics=html_table([METRICS, *([row[name] for name in METRICS] for row in history)]),
-        settings=html_table(settings),
+        settings=html_table(settings), last=max(0, len(sheets) - 1),
     )  # fmt: skip
-    write_figure(output / "index.html", page.encode())
+    write_figure(output / "index.html", page.encode(errors="backslashreplace"))
 
 
 # --- main -----------------------------------------------------------------------------------------
