@@ -2,7 +2,8 @@
 
 A transformer sees the noisy 28x28 image as a sequence of patches; time and class reach it through
 adaptive layer norms (adaLN-Zero). It learns to predict v on a cosine schedule, with a loss that no
-noise level dominates. Sampling takes some steps of DPM-Solver++(2M), or of DDIM, under guidance.
+noise level dominates; and so does a guide, the same transformer trained for less, to show what to
+avoid. Sampling takes some steps of DPM-Solver++(2M), or of DDIM, under guidance.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
@@ -11,9 +12,9 @@ noise level dominates. Sampling takes some steps of DPM-Solver++(2M), or of DDIM
 
 Papers: diffusion transformers (Peebles & Xie 2023, arXiv 2212.09748); the cosine schedule (Nichol &
 Dhariwal 2021, 2102.09672); v-prediction (Salimans & Ho 2022, 2202.00512); min-SNR weighting (Hang
-et al. 2023, 2303.09556); classifier-free guidance (Ho & Salimans 2022, 2207.12598), in an interval
-(Kynkäänniemi et al. 2024, 2404.07724); DPM-Solver++ (Lu et al. 2022, 2211.01095); DDIM (Song et al.
-2021, 2010.02502); Muon, the optimizer of hidden matrices (Jordan et al. 2024).
+et al. 2023, 2303.09556); guidance (Ho & Salimans 2022, 2207.12598; Karras et al. 2024, 2406.02507)
+in an interval (Kynkäänniemi et al. 2024, 2404.07724); DPM-Solver++ (Lu et al. 2022, 2211.01095);
+DDIM (Song et al. 2021, 2010.02502); Muon, the optimizer of hidden matrices (Jordan et al. 2024).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=Non
 class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
-    epochs: int = option(5, "epochs of training", 1, 100_000, gpu=180, quick=2, resume="keep")
+    guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=18, quick=1, resume="keep")
+    epochs: int = option(4, "epochs of training", 1, 100_000, gpu=162, quick=2, resume="keep")
     batch_size: int = option(32, "images a step", 1, 4096, gpu=256)
     learning_rate: float = option(1e-3, "peak of AdamW", 1e-8, 1.0)
     muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
@@ -212,7 +214,7 @@ def sample(
     times = sampling_times(steps or config.sampling_steps)
     alpha_bars = cosine_alpha_bars()[times].tolist()
     interval = config.guidance_low, config.guidance_high
-    predict_v = guided(models.diffusion, classes, config.guidance_scale, *interval)
+    predict_v = guided(models.diffusion, classes, config.guidance_scale, *interval, models.guide)
 
     def predict(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         v = predict_v(x, times[i])
@@ -350,21 +352,21 @@ def state_shape(config: Config) -> tuple[int, int, int]:
 
 
 def build_networks(config: Config) -> dict[str, nn.Module]:
-    """The one network, and its only stage of training."""
-    denoiser = TransformerDenoiser(config.patch_size, config.width, config.depth)
-    return {"diffusion": denoiser}
+    """What each stage trains: the guide is the denoiser, trained for less."""
+    denoiser = partial(TransformerDenoiser, config.patch_size, config.width, config.depth)
+    return {"diffusion": denoiser(), "guide": denoiser()}
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    """Trains the network on the images and their labels."""
+    """Trains the guide and the diffusion on the images and their labels."""
     config = run.config
-    run.train(
-        "diffusion",
+    what = (
         partial(min_snr_v_loss, class_dropout=config.class_dropout, gamma=config.snr_gamma),
         (data.train_images, data.train_labels),
         (data.validation_images, data.validation_labels),
-        **plan(config),
     )
+    run.train("guide", *what, **plan(config) | plan(config, "guide"))
+    run.train("diffusion", *what, **plan(config))
 
 
 def embed(models: Models, images: Tensor) -> Tensor:
