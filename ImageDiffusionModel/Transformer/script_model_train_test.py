@@ -60,8 +60,8 @@ class Config:
     )
     sampling_steps: int = option(26, "steps", 1, 1000, quick=10, resume="keep")
     eta: float = option(0.0, "fresh noise of DDIM's steps, 1: as DDPM", 0.0, 1.0, resume="keep")
-    guidance_scale: float = option(2.5, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
-    guidance_low: int = option(150, "t where guidance ends", 0, 1000, resume="keep")
+    guidance_scale: float = option(2.1, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    guidance_low: int = option(50, "t where guidance ends", 0, 1000, resume="keep")
     guidance_high: int = option(790, "t where guidance begins", 0, 1000, resume="keep")
 
 
