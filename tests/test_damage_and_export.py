@@ -79,20 +79,21 @@ def small_reference(scored_data_dir, monkeypatch):
     return reference
 
 
-def test_each_kind_of_damage_has_its_row(small_reference, scored_data_dir, capsys):
+def test_each_kind_of_damage_has_its_row_in_both_tables(small_reference, scored_data_dir, capsys):
     quality.load_reference.cache_clear()
     damage.main(["--data-dir", str(scored_data_dir)])
-    lines = capsys.readouterr().out.splitlines()
+    tables = [text.splitlines() for text in capsys.readouterr().out.strip().split("\n\n")]
     kinds = list(damage.damages(small_reference["train_images"], small_reference["train_labels"]))
-    assert len(lines) == 2 + len(kinds)
-    assert all(line.count("|") == len(damage.COLUMNS) + 2 for line in lines)
-    cells = [line.strip("| ").split(" | ") for line in lines[2:]]
-    assert [row[0] for row in cells] == [words for words, *_ in kinds]
-    assert len({row[0] for row in cells}) == len(cells)
+    assert len({words for words, *_ in kinds}) == len(kinds)
     readme = (REPOSITORY / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    published = readme.partition(lines[0])[2].strip().partition("\n\n")[0].splitlines()[1:]
-    assert [line.strip("| ").split(" | ")[0] for line in published] == [row[0] for row in cells]
-    worst = 1 + list(damage.COLUMNS).index("worst")
+    for lines, columns in zip(tables, (damage.DISTANCES, damage.NEIGHBOURS), strict=True):
+        assert all(line.count("|") == len(columns) + 2 for line in lines)
+        names = [line.strip("| ").split(" | ")[0] for line in lines[2:]]
+        assert names == [words for words, *_ in kinds]
+        published = readme.partition(lines[0])[2].strip().partition("\n\n")[0].splitlines()[1:]
+        assert [line.strip("| ").split(" | ")[0] for line in published] == names
+    cells = [line.strip("| ").split(" | ") for line in tables[0][2:]]
+    worst = 1 + list(damage.DISTANCES).index("worst")
     values = {row[0]: float(row[worst].rstrip("%")) for row in cells}
     assert max(values, key=values.get) == "nothing but noise"
     for words, images, labels in kinds:
