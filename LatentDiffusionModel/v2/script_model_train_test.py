@@ -516,7 +516,7 @@ def save_class_interpolation(models: Models, output: Path) -> None:
 def save_guidance(models: Models, output: Path) -> None:
     """The same noise of each class at rising guidance."""
     labels, config = labels_in_turn(10, models.device), models.config
-    scales = sorted({0, 1, 2, 5, 8, config.guidance_scale})
+    scales = sorted({0, 1, 5, 8, config.guidance_scale})
     columns = [generate_samples(models.with_settings(guidance_scale=w), labels) for w in scales]
     path, names = output / "guidance" / f"guidance_epoch_{models.epoch}.png", list(CLASS_NAMES)
     title = f"Rising w, above 1 only from {config.guidance_high:g} to {config.guidance_low:g}"
