@@ -255,9 +255,10 @@ def test_damaged_unpacked_file_is_read_from_its_archive(
     module, no_network, tiny_archives, data, capsys, kind, number
 ):
     path = data / ARCHIVES[number].removesuffix(".gz")
-    good, other = path.read_bytes(), data / ARCHIVES[1 - number].removesuffix(".gz")
+    good = path.read_bytes()
     bad = {"cut short": good[:-1], "empty": b"", "wrong kind": b"\0\0\x0d" + good[3:]}
-    path.write_bytes(bad[kind] if kind in bad else other.read_bytes())
+    bad["the other file"] = (data / ARCHIVES[1 - number].removesuffix(".gz")).read_bytes()
+    path.write_bytes(bad[kind])
     assert load(module, data) == 640
     assert f"{path} is damaged" in capsys.readouterr().out
 
