@@ -99,13 +99,13 @@ class Planned(NamedTuple):
     held_out: tuple
 
 
-def stages_of(script, images=60):
+def stages_of(script, images=60, **settings):
     """The stages of a tiny run of a script on drawn shapes, by name, in which no step is done."""
     found, cpu, rng = {}, torch.device("cpu"), np.random.default_rng(0)
     labels = torch.arange(images) % 10
     pictures = torch.from_numpy(draw_shapes(labels.numpy(), rng))[:, None]
     data = script.Data(pictures, labels, pictures[:20], labels[:20])
-    config = script.Settings(**script.default_settings(cpu, quick=True))
+    config = script.Settings(**script.default_settings(cpu, quick=True) | settings)
     run = script.Run(config, data, Path("unused"), None)
     for averaged in run.models.networks.values():
         perturb(averaged, 0.05)

@@ -31,7 +31,7 @@ OWN_FIGURES = {  # that neither the family nor conditions imply
 }
 WALL_CLOCK = ("seconds", "images_per_second")
 SAVERS = ["save_all_figures", "save_samples", "save_reconstructions", "save_loss_curves"]
-SAVERS += ["save_page"]  # called in training
+SAVERS += ["save_page", "save_few_steps"]  # called in training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Experiment:
 
     @property
     def stages(self):
-        return re.findall(r'run\.train\(\s*"(\w+)"', self.path.read_text(encoding="utf-8"))
+        found = re.findall(r'run\.train\(\s*"(\w+)"', self.path.read_text(encoding="utf-8"))
+        return [stage for stage in found if stage != "student"]  # an extra, not trained by default
 
     def figures(self, epoch, images_epoch=0):
         """Paths of all figures of a run that has ended after so many epochs of its last stage, and
@@ -115,7 +116,7 @@ def tiny_settings(config_class):
     for field in dataclasses.fields(config_class):
         if field.name.endswith("batch_size"):
             values[field.name] = 16
-        if field.name.endswith("epochs"):
+        if field.name.endswith("epochs") and field.default:  # a stage that is not an extra
             values[field.name] = 3 if field.name == "epochs" else 2
         if field.name.endswith("width"):
             values[field.name] = field.metadata["low"]

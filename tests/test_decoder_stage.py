@@ -36,15 +36,15 @@ def batch(script_v3, players):
 
 
 def test_losses_are_those_of_a_calculation_by_hand(script_v3):
-    """Two images of one pixel each, a decoder that does nothing, and D(x) = 2 x."""
+    """Two images of one pixel each, and D(x) = 2 x. What is wanted need not be a real image."""
     discriminator = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.constant_(discriminator.weight, 2.0)
-    players = nn.ModuleDict({"decoder": nn.Identity(), "discriminator": discriminator})
     images = torch.tensor([0.75, 0.25]).view(2, 1, 1, 1)  # logits 1.5 and 0.5
     made = torch.tensor([-0.75, 0.5]).view(2, 1, 1, 1)  # logits -1.5 and 1
-    parts = script_v3.adversarial_loss(players, made, images, weight=8.0)
+    wanted = torch.tensor([0.75, 0.0]).view(2, 1, 1, 1)
+    parts = script_v3.adversarial_loss(discriminator, made, wanted, images, weight=8.0)
     assert {name: part.item() for name, part in parts.items()} == {
-        "absolute error": (1.5 + 0.25) / 2,
+        "absolute error": (1.5 + 0.5) / 2,
         "unrealism": -8 * (-1.5 + 1) / 2,
         "hinge loss of the discriminator": (0 + 0.5) / 2 + (0 + 2) / 2,
     }
@@ -60,7 +60,8 @@ def test_discriminator_learns_from_its_own_hinge_loss_alone(script_v3, players, 
     hinge = F.relu(1 - discriminator(images)).mean() + F.relu(1 + discriminator(made)).mean()
     expected = gradients(discriminator, hinge)
     assert expected.norm() > 0.1
-    loss = sum(script_v3.adversarial_loss(players, *batch, weight=weight).values())
+    how = discriminator, players["decoder"](latents), images, images
+    loss = sum(script_v3.adversarial_loss(*how, weight=weight).values())
     found = gradients(discriminator, loss)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     loss.backward()
@@ -78,7 +79,7 @@ def test_decoder_learns_from_its_error_and_from_what_the_discriminator_thinks(
     error = gradients(decoder, (images - made).abs().mean())
     opinion = gradients(decoder, -discriminator(made).mean())
     assert error.norm() > 0.1 and opinion.norm() > 0.1
-    parts = script_v3.adversarial_loss(players, *batch, weight=weight)
+    parts = script_v3.adversarial_loss(discriminator, made, images, images, weight=weight)
     found = gradients(decoder, sum(parts.values()))
     torch.testing.assert_close(found, error + weight * opinion, atol=1e-5, rtol=1e-3)
     assert not gradients(decoder, parts["hinge loss of the discriminator"]).any()
@@ -164,14 +165,15 @@ def test_its_latents_are_as_noisy_as_those_of_the_stage_before(module, monkeypat
     """And drawn anew at each step."""
     stage, seen = stages_of(module)["decoder"], []
 
-    def adversarial_loss(networks, latents, images, *, weight):
-        assert networks is stage.network and images is stage.arrays[1]
-        seen.append(latents)
+    def adversarial_loss(discriminator, made, wanted, real, *, weight):
+        assert discriminator == "discriminator" and wanted is real is stage.arrays[1]
+        seen.append(made)
         return weight
 
     monkeypatch.setattr(module, "adversarial_loss", adversarial_loss)
     for seed in (0, 1):
-        weight = stage.loss(stage.network, *stage.arrays, rng_of(module, seed))
+        networks = {"decoder": lambda latents: latents, "discriminator": "discriminator"}
+        weight = stage.loss(networks, *stage.arrays, rng_of(module, seed))
         assert weight == module.Settings().adversarial_weight
     noise = torch.stack(seen).sub(stage.arrays[0]).div(module.Settings().latent_noise).flatten(1)
     assert noise.mean(dim=1).abs().max() < 0.04

@@ -6,6 +6,7 @@ CPU.
 
 import contextlib
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -28,7 +29,9 @@ def module(experiment):
 
 @pytest.fixture(scope="module")
 def stages(module):
-    return stages_of(module)
+    """Those that are extras too."""
+    extras = {"student_epochs": 1} if hasattr(module.Settings, "student_epochs") else {}
+    return stages_of(module, **extras)
 
 
 @every_script
@@ -53,10 +56,14 @@ def test_samples_and_trajectories_keep_to_the_models_device(module, monkeypatch)
 
 @every_script
 def test_losses_keep_to_the_models_device(module, stages):
-    for stage in stages.values():
-        network = copy.deepcopy(stage.network).to(META)
+    for name, stage in stages.items():
+        network, loss = copy.deepcopy(stage.network).to(META), stage.loss
+        if name == "student":
+            teacher = loss.keywords["teacher"]
+            networks = {k: copy.deepcopy(v).to(META) for k, v in teacher.networks.items()}
+            loss = partial(loss, teacher=module.Models(networks, teacher.config, []))
         batch = [module.to_float(array[:16]).to(META) for array in stage.arrays]
-        losses = module.loss_parts(stage.loss(network, *batch, module.Rng(0, META, source=CPU)))
+        losses = module.loss_parts(loss(network, *batch, module.Rng(0, META, source=CPU)))
         assert {loss.device for loss in losses.values()} == {META}
         sum(losses.values()).backward()
 
@@ -78,7 +85,7 @@ def test_losses_draw_from_the_random_numbers_that_they_are_given(module, stages)
 @every_script
 def test_what_is_diffused_has_mean_0_and_variance_1(experiment, module, stages):
     """In latent space, after the first stage; what is not for validation comes in its own rows."""
-    assert list(stages) == experiment.stages
+    assert [name for name in stages if name != "student"] == experiment.stages
     for stage in stages.values():
         assert {len(array) for array in stage.arrays} == {60}
         assert {len(array) for array in stage.held_out} == {20}

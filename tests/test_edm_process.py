@@ -161,7 +161,8 @@ def test_euler_steps_agree_with_diffusers(script, small_denoiser):
     levels = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": script.SIGMA_DATA, "rho": 7.0}
     scheduler = diffusers.EDMEulerScheduler(**levels)
     scheduler.set_timesteps(12)
-    sigmas, denoise = scheduler.sigmas.tolist(), script.guided(small_denoiser, classes, 1.0)
+    sigmas = scheduler.sigmas.tolist()
+    denoise = script.guided(small_denoiser, small_denoiser, classes, 1.0, 0.0, 80.0)
     np.testing.assert_allclose(sigmas, script.noise_levels(12), rtol=1e-5)
     state = sigmas[0] * torch.randn(3, 1, 28, 28)
     with torch.inference_mode():
@@ -333,7 +334,8 @@ def test_settings_say_how_much_noise_is_added(script, s_churn):
     noise, classes = torch.randn(2, 1, 4, 4).double(), script.class_weights(torch.tensor([1, 2]))
     denoiser = lambda x, sigma, classes: wavy_denoiser(x, sigma.view(-1, 1, 1, 1))  # noqa: E731
     models = models_of(script, denoiser, sampler="stochastic", guidance_scale=1.0, **churn)
-    denoise, sigmas = script.guided(denoiser, classes, 1.0), script.noise_levels(8)
+    denoise = script.guided(denoiser, denoiser, classes, 1.0, 0.0, 80.0)
+    sigmas = script.noise_levels(8)
     fresh = drawing(script, noise.shape)
     expected = states_of(script.heun(denoise, noise, sigmas, fresh, **churn))
     states = states_of(script.sample(models, noise, classes, 8, drawing(script, noise.shape)))

@@ -60,6 +60,7 @@ def test_muon_steps_as_torchs_own(module, monkeypatch, native):
     monkeypatch.setattr(module, "has_bfloat16", lambda device: native)
     torch.manual_seed(0)
     layers = nn.Linear(20, 30), nn.Conv2d(20, 24, 3), nn.Conv2d(32, 40, 1), nn.Linear(40, 24)
+    layers += (nn.Linear(20, 30),)  # of the same shape as another: the two go together
     layers[1].to(memory_format=torch.channels_last)
     network = nn.ModuleList([*layers, nn.Linear(11, 40), nn.Conv2d(24, 4, 3)])
     matrices = [nn.Parameter(layer.weight.detach().clone().flatten(1)) for layer in layers]

@@ -111,8 +111,8 @@ def test_training_sees_noised_data_at_logit_normal_times_and_dropped_labels(scri
     assert abs(torch.corrcoef(torch.stack([noise, t]))[0, 1]) < 0.01
 
 
-def test_guidance_weighs_the_class_against_no_class(script_v3):
-    x, t = torch.randn(4, 2, 3, 3), 0.3
+def test_guidance_weighs_the_denoisers_class_against_the_guides_none(script_v3):
+    x = torch.randn(4, 2, 3, 3)
     classes = script_v3.class_weights(torch.tensor([0, 1, 9, script_v3.NULL_CLASS]))
     null = script_v3.class_weights(torch.full((4,), script_v3.NULL_CLASS))
     readout = torch.randn(classes.shape[1])
@@ -120,18 +120,23 @@ def test_guidance_weighs_the_class_against_no_class(script_v3):
     def denoiser(x, t, classes):
         return torch.sin(x * (classes @ readout + 2 * t)[:, None, None, None])
 
-    times = torch.full((4,), t)
-    conditional, unconditional = denoiser(x, times, classes), denoiser(x, times, null)
+    def guide(x, t, classes):
+        return denoiser(x, t, classes) + 0.1
 
-    def guided(scale):
-        return script_v3.guided(denoiser, classes, scale)(x, t)
+    def guided(scale, t=0.3):
+        return script_v3.guided(denoiser, guide, classes, scale, 0.2, 0.7)(x, t)
 
+    times = torch.full((4,), 0.3)
+    conditional, unconditional = denoiser(x, times, classes), guide(x, times, null)
     assert torch.equal(guided(1.0), conditional)
     assert torch.equal(guided(0.0), unconditional)
     for scale in (0.3, 1.5, 4.0):
         expected = unconditional + scale * (conditional - unconditional)
         torch.testing.assert_close(guided(scale), expected)
-        torch.testing.assert_close(guided(scale)[-1], unconditional[-1])  # nothing to guide towards
+    for t in (0.19, 0.71):  # outside the interval, where w is 1 at most
+        times = torch.full((4,), t)
+        assert torch.equal(guided(4.0, t), denoiser(x, times, classes))
+        assert torch.equal(guided(0.0, t), guide(x, times, null))
 
 
 @pytest.mark.parametrize("dim", [8, 64])

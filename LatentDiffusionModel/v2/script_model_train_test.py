@@ -114,14 +114,14 @@ def v_prediction_loss(
 
 
 def guided(
-    denoiser: nn.Module, classes: Tensor, guidance_scale: float, low: float = -math.inf,
-    high: float = math.inf, guide: nn.Module | None = None,
+    denoiser: nn.Module, guide: nn.Module, classes: Tensor, guidance_scale: float, low: float,
+    high: float,
 ) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
-    """Returns f(x, t) = u + w (c - u), c the denoiser's output for class weights `classes` (B, 11)
-    and u for none: its own (classifier-free guidance, Ho & Salimans 2022, Eq. 6, with w counted
-    from u: 0 is u, 1 is c), or that of a guide trained for less, whose faults are avoided too
-    (after Karras et al. 2024, 2406.02507). For t outside low ... high, where guidance costs most
-    variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
+    """Returns f(x, t) = u + w (c - u): c is the denoiser's output for class weights `classes`
+    (B, 11), u the guide's for none. As in classifier-free guidance (Ho & Salimans 2022, Eq. 6), w
+    counts from u: 0 is u, 1 is c. The guide is the same network trained for less, so that its
+    faults are avoided too (after Karras et al. 2024, 2406.02507). For t outside low ... high, where
+    guidance costs most variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:
@@ -129,7 +129,7 @@ def guided(
         times = torch.full((len(x),), t, device=x.device)
         if w == 1:
             return denoiser(x, times, classes)
-        unconditional = (guide or denoiser)(x, times, null)
+        unconditional = guide(x, times, null)
         return unconditional if w == 0 else unconditional.lerp(denoiser(x, times, classes), w)
 
     return guided_output
@@ -180,7 +180,7 @@ def sample(
     times = sampling_times(steps or config.sampling_steps)
     alpha_bars = cosine_alpha_bars()[times].tolist()
     interval = config.guidance_low, config.guidance_high
-    predict_v = guided(models.diffusion, classes, config.guidance_scale, *interval, models.guide)
+    predict_v = guided(models.diffusion, models.guide, classes, config.guidance_scale, *interval)
 
     def predict_x0(x: Tensor, i: int) -> Tensor:
         return x0_of_v(x, predict_v(x, times[i]), alpha_bars[i])
@@ -188,9 +188,7 @@ def sample(
     return dpm_solver_2m(predict_x0, noise, alpha_bars)
 
 
-# ==================================================================================================
-# The networks
-# ==================================================================================================
+# --- The networks ---------------------------------------------------------------------------------
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
@@ -368,9 +366,7 @@ class ConditionalLatentUNet(nn.Module):
         return self.head(h).float()
 
 
-# ==================================================================================================
-# The two stages
-# ==================================================================================================
+# --- The two stages -------------------------------------------------------------------------------
 
 
 def state_shape(config: Config) -> tuple[int, int, int]:
@@ -427,9 +423,7 @@ def decode(models: Models, states: Tensor) -> Tensor:
     return models.autoencoder.decode(states)
 
 
-# ==================================================================================================
-# Its figures
-# ==================================================================================================
+# --- Its figures ----------------------------------------------------------------------------------
 
 
 def draw_trajectories(models: Models, noise: Tensor, classes: Tensor, steps: int) -> Trajectories:
@@ -1128,18 +1122,18 @@ def initial_networks(config: Settings, device: torch.device) -> dict[str, nn.Mod
         return {name: network.to(device) for name, network in build_networks(config).items()}
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """The matrix (A, B) with its singular vectors kept and its singular values brought near 1, by
-    five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.to(torch.bfloat16 if has_bfloat16(matrix.device) else torch.float32)
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Matrices (N, A, B), each with its singular vectors kept and its singular values brought near
+    1, by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.to(torch.bfloat16 if has_bfloat16(matrices.device) else torch.float32)
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        quintic = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, quintic, x, beta=3.4445)
-    return x.T if tall else x
+        gram = x @ x.mT
+        quintic = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, quintic, x, beta=3.4445)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -1150,15 +1144,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """One step along the gradients of the weights."""
-        [group] = self.param_groups
+        [group], alike = self.param_groups, {}
         for weight in group["params"]:
             gradient, state = weight.grad.flatten(1), self.state[weight]
             if not state:
                 state["momentum"] = torch.zeros_like(gradient)
             momentum = state["momentum"].lerp_(gradient, 0.05)
-            update = orthogonalised(gradient.lerp(momentum, 0.95)).reshape(weight.shape)
-            tallness = len(gradient) / gradient[0].numel()
-            weight.sub_(update, alpha=group["lr"] * max(1.0, tallness) ** 0.5)
+            update = gradient.lerp(momentum, 0.95)
+            alike.setdefault(update.shape, []).append((weight, update))
+        for (rows, columns), members in alike.items():  # a GPU waits for each launch
+            weights, updates = zip(*members)
+            rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+            for weight, update in zip(weights, orthogonalised(torch.stack(updates))):
+                weight.sub_(update.reshape(weight.shape), alpha=rate)
 
 
 def build_optimizers(network: nn.Module, rates: dict[str, float]) -> dict[str, Any]:
@@ -1553,9 +1551,10 @@ def load_trained(folder: Path, device: str = "auto", **changes) -> Models:
     where, networks = pick_device(device), {}
     config = settle(default_settings(where), changes | {"device": device}, checkpoint)
     for name, network in initial_networks(config, where).items():
-        average = AveragedModel(network).eval()
-        load_state(average, checkpoint["stages"][name].get("ema"))
-        networks[name] = average.module
+        if name in checkpoint["stages"]:  # one after the diffusion may not have begun
+            average = AveragedModel(network).eval()
+            load_state(average, checkpoint["stages"][name].get("ema"))
+            networks[name] = average.module
     models = Models(networks, config, checkpoint["history"])
     print(f"{VERSION} on {where}, torch {torch.__version__}, {models.epoch} epochs; from {folder}")
     return models
@@ -1977,7 +1976,10 @@ def save_page(models: Models, output: Path) -> None:
     places = {"--output-dir": str(output), "--data-dir": config.data_dir, "--device": config.device}
     given = [part for pair in places.items() if pair[1] not in ("", "auto") for part in pair]
     run = shlex.join(["python", Path(__file__).name, *given])
-    commands = f"{run}\n{run} --sample-only --num-samples 16\n{run} --epochs {2 * config.epochs}"
+    last = [*models.networks][-1]  # the stage that can still be trained on
+    epochs = "epochs" if last == "diffusion" else f"{last}_epochs"
+    commands = f"{run}\n{run} --sample-only --num-samples 16\n"
+    commands += f"{run} {flag(epochs)} {2 * getattr(config, epochs)}"
     if not (output / "checkpoints").is_dir():  # of a run or of weights elsewhere
         commands = f"{shlex.join(['python', *sys.argv])} --num-samples 16"
     data = {"sheets": json.dumps(sheets), "colours": json.dumps(CLASS_COLOURS), "paths": paths}

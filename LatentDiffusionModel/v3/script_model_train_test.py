@@ -4,13 +4,16 @@ Stage 1 trains an autoencoder that turns a 28x28 image into a small latent. Stag
 decoder on against a discriminator, which gives the images their texture. Stage 3 trains a
 class-conditional UNet to carry Gaussian noise to such latents along straight lines, and a guide,
 the same UNet trained for less, to show what to avoid. Sampling integrates the guided velocity with
-Euler's or Heun's method, and decodes the result.
+Euler's or Heun's method, and decodes the result. An optional fourth stage trains a student, which
+learns from the flow to make do with one, two or four steps.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
     python script_model_train_test.py --sample-only --class Sandal --num-samples 16
     python script_model_train_test.py --sample-only --class Sandal --pretrained
     python script_model_train_test.py --sample-only --export-samples 10000
+    python script_model_train_test.py --student-epochs 1           train the student too, and then
+    python script_model_train_test.py --sample-only --sampler student --sampling-steps 2
 
 Papers: rectified flow (Liu et al. 2022, arXiv 2209.03003) with logit-normal times (Esser et al.
 2024, 2403.03206); latent diffusion (Rombach et al. 2022, 2112.10752) with a patch discriminator
@@ -34,6 +37,8 @@ from torch import Tensor, nn
 
 VERSION = "LatentDiffusionModel/v3"
 CONDITIONAL = True
+TEACHER = {"sampler": "heun", "sampling_steps": 8}  # whom the student learns from
+STUDENT_STEPS = 1, 2, 4  # those that it learns to make do with
 
 
 def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=None, choices=(),
@@ -48,8 +53,8 @@ class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
     # stages 1 and 2: the autoencoder, then its decoder against the discriminator
-    autoencoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=8, quick=1, resume="keep")
-    decoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=8, quick=1, resume="keep")
+    autoencoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=6, quick=1, resume="keep")
+    decoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=6, quick=1, resume="keep")
     autoencoder_batch_size: int = option(32, "images a step, stages 1 and 2", 1, 4096, gpu=256)
     autoencoder_learning_rate: float = option(2e-3, "peak of AdamW, stages 1 and 2", 1e-8, 1.0)
     autoencoder_muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
@@ -59,14 +64,17 @@ class Config:
     discriminator_width: int = option(64, "channels", 8, 512, multiple=8, quick=8)
     adversarial_weight: float = option(0.05, "weight of realism beside error", 0.0, 100.0)
     # stage 3: the diffusion
-    guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=15, quick=1, resume="keep")
-    epochs: int = option(6, "epochs of stage 3", 1, 100_000, gpu=200, quick=2, resume="keep")
+    guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=7, quick=1, resume="keep")
+    epochs: int = option(6, "epochs of stage 3", 1, 100_000, gpu=80, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
+    # stage 4, an extra: the student
+    student_epochs: int = option(0, "epochs of the student; 0: none", 0, 10_000, resume="keep")
+    student_batch_size: int = option(64, "latents a step, stage 4", 1, 4096)
     # samples
-    sampler: str = option("heun", "ODE solver", choices=("euler", "heun"), resume="keep")
+    sampler: str = option("heun", "solver", choices=("euler", "heun", "student"), resume="keep")
     sampling_steps: int = option(6, "steps, Heun's of two evaluations", 1, 1000, resume="keep")
     guidance_scale: float = option(2.75, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: int = option(200, "t where guidance ends", 0, 1000, resume="keep")
@@ -98,14 +106,14 @@ def rectified_flow_loss(
 
 
 def guided(
-    denoiser: nn.Module, classes: Tensor, guidance_scale: float, low: float = -math.inf,
-    high: float = math.inf, guide: nn.Module | None = None,
+    denoiser: nn.Module, guide: nn.Module, classes: Tensor, guidance_scale: float, low: float,
+    high: float,
 ) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
-    """Returns f(x, t) = u + w (c - u), c the denoiser's output for class weights `classes` (B, 11)
-    and u for none: its own (classifier-free guidance, Ho & Salimans 2022, Eq. 6, with w counted
-    from u: 0 is u, 1 is c), or that of a guide trained for less, whose faults are avoided too
-    (after Karras et al. 2024, 2406.02507). For t outside low ... high, where guidance costs most
-    variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
+    """Returns f(x, t) = u + w (c - u): c is the denoiser's output for class weights `classes`
+    (B, 11), u the guide's for none. As in classifier-free guidance (Ho & Salimans 2022, Eq. 6), w
+    counts from u: 0 is u, 1 is c. The guide is the same network trained for less, so that its
+    faults are avoided too (after Karras et al. 2024, 2406.02507). For t outside low ... high, where
+    guidance costs most variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:
@@ -113,7 +121,7 @@ def guided(
         times = torch.full((len(x),), t, device=x.device)
         if w == 1:
             return denoiser(x, times, classes)
-        unconditional = (guide or denoiser)(x, times, null)
+        unconditional = guide(x, times, null)
         return unconditional if w == 0 else unconditional.lerp(denoiser(x, times, classes), w)
 
     return guided_output
@@ -139,19 +147,30 @@ def integrate(
     yield x, x
 
 
+def has_student(models: Models) -> bool:
+    """Whether a student has been trained for an epoch."""
+    return "student" in models.networks and any(row["stage"] == "student" for row in models.history)
+
+
 def sample(
     models: Models, noise: Tensor, classes: Tensor, steps: int = 0, fresh: Fresh | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """States and guesses, noise (B, C, 7, 7) to latents, for class weights `classes` (B, 11)."""
+    """States and guesses, noise (B, C, 7, 7) to latents, for class weights `classes` (B, 11). By
+    the student, if it is the sampler; where `steps` are given, which may be many, by the flow."""
     config = models.config
     interval = config.guidance_low / 1000, config.guidance_high / 1000
-    velocity = guided(models.diffusion, classes, config.guidance_scale, *interval, models.guide)
-    return integrate(velocity, noise, steps or config.sampling_steps, config.sampler)
+    solver = TEACHER["sampler"] if config.sampler == "student" else config.sampler
+    if config.sampler == "student" and not steps:
+        if not has_student(models) or config.sampling_steps not in STUDENT_STEPS:
+            needs = "a trained student (--student-epochs 1) and --sampling-steps 1, 2 or 4"
+            raise ExperimentError(f"--sampler student needs {needs}")
+        velocity = guided(models.student["flow"], models.guide, classes, 1.0, *interval)
+        return integrate(velocity, noise, config.sampling_steps, "euler")
+    velocity = guided(models.diffusion, models.guide, classes, config.guidance_scale, *interval)
+    return integrate(velocity, noise, steps or config.sampling_steps, solver)
 
 
-# ==================================================================================================
-# The networks
-# ==================================================================================================
+# --- The networks ---------------------------------------------------------------------------------
 
 
 class ChannelAttention(nn.Module):
@@ -271,20 +290,19 @@ def patch_discriminator(width: int) -> nn.Sequential:
 
 
 def adversarial_loss(
-    networks: nn.ModuleDict, latents: Tensor, images: Tensor, *, weight: float
+    discriminator: nn.Module, made: Tensor, wanted: Tensor, real: Tensor, *, weight: float
 ) -> dict[str, Tensor]:
-    """Decodes raw latents (B, C, 7, 7) of images (B, 1, 28, 28) in [-1, 1]. The decoder learns
-    from the error and from `weight` times the discriminator's opinion, the discriminator from its
-    own hinge loss alone (Lim & Ye 2017, arXiv 1705.02894)."""
-    decoder, discriminator = networks["decoder"], networks["discriminator"]
-    made = decoder(latents).float()
+    """For images (B, 1, 28, 28) in [-1, 1]. Whatever `made` them learns from their absolute error
+    against those `wanted`, and from `weight` times the discriminator's opinion of them; the
+    discriminator from its own hinge loss alone (Lim & Ye 2017, arXiv 1705.02894)."""
     frozen = {name: weights.detach() for name, weights in discriminator.named_parameters()}
     realism = torch.func.functional_call(discriminator, frozen, (made,)).float()
-    real, fake = discriminator(torch.cat([images, made.detach()])).float().chunk(2)
+    logits = discriminator(torch.cat([real, made.detach()])).float()
+    true, fake = logits.split([len(real), len(made)])
     return {
-        "absolute error": (images - made).abs().mean(),
+        "absolute error": (wanted - made).abs().mean(),
         "unrealism": -weight * realism.mean(),
-        "hinge loss of the discriminator": F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
+        "hinge loss of the discriminator": F.relu(1 - true).mean() + F.relu(1 + fake).mean(),
     }
 
 
@@ -374,9 +392,7 @@ class LatentUNet(nn.Module):
         return self.head(h).float()
 
 
-# ==================================================================================================
-# The three stages
-# ==================================================================================================
+# --- The stages -----------------------------------------------------------------------------------
 
 
 def state_shape(config: Config) -> tuple[int, int, int]:
@@ -390,13 +406,20 @@ def build_networks(config: Config) -> dict[str, nn.Module]:
     discriminator = patch_discriminator(config.discriminator_width)
     players = {"decoder": copy.deepcopy(autoencoder.decoder), "discriminator": discriminator}
     denoiser = partial(LatentUNet, config.latent_channels, config.width)
-    autoencoders = {"autoencoder": autoencoder, "decoder": nn.ModuleDict(players)}
-    return {**autoencoders, "guide": denoiser(), "diffusion": denoiser()}
+    stages = {"autoencoder": autoencoder, "decoder": nn.ModuleDict(players)}
+    stages |= {"guide": denoiser(), "diffusion": denoiser()}
+    if config.student_epochs:
+        players = {"flow": denoiser(), "discriminator": copy.deepcopy(discriminator)}
+        stages["student"] = nn.ModuleDict(players)
+    return stages
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    """Trains the autoencoder; on its average the decoder, the guide and the flow."""
+    """Trains the autoencoder; then, on its averaged weights, the decoder, the guide and the flow;
+    and a student, if asked to."""
     config, autoencoder = run.config, models.autoencoder
+    if config.sampler == "student" and not run.begun("student"):
+        raise ExperimentError("there is no student to draw samples yet: train with --sampler heun")
     what = partial(reconstruction_loss, latent_noise=config.latent_noise), (data.train_images,)
     run.train("autoencoder", *what, (data.validation_images,), **plan(config, "autoencoder"))
     raw = once(autoencoder.raw_encode, data.train_images)
@@ -406,16 +429,13 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
 
     def loss(networks: nn.ModuleDict, latents: Tensor, images: Tensor, rng: Rng) -> dict:
         noisy = latents + config.latent_noise * rng.randn(*latents.shape)
-        return adversarial_loss(networks, noisy, images, weight=config.adversarial_weight)
+        made, weight = networks["decoder"](noisy).float(), config.adversarial_weight
+        return adversarial_loss(networks["discriminator"], made, images, images, weight=weight)
 
-    run.train(
-        "decoder",
-        loss,
-        (raw, data.train_images),
-        (once(autoencoder.raw_encode, data.validation_images), data.validation_images),
-        **plan(config, "autoencoder") | plan(config, "decoder") | {"muon_learning_rate": 0.0},
-        after_epoch=partial(save_reconstructions, models, data, run.output),
-    )
+    held_out = once(autoencoder.raw_encode, data.validation_images), data.validation_images
+    how = plan(config, "autoencoder") | plan(config, "decoder") | {"muon_learning_rate": 0.0}
+    how["after_epoch"] = partial(save_reconstructions, models, data, run.output)
+    run.train("decoder", loss, (raw, data.train_images), held_out, **how)
     what = (
         partial(rectified_flow_loss, class_dropout=config.class_dropout),
         (once(autoencoder.encode, data.train_images), data.train_labels),
@@ -423,6 +443,45 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
     )
     run.train("guide", *what, **plan(config) | plan(config, "guide"))
     run.train("diffusion", *what, **plan(config))
+    if config.student_epochs:
+        train_student(run, models, data)
+
+
+def train_student(run: Run, models: Models, data: Data) -> None:
+    """Trains a copy of the flow to make do with few steps, on 20,000 training images and labels."""
+    player, config = run.networks["student"], run.config
+    player["flow"].load_state_dict(models.diffusion.state_dict())
+    player["discriminator"].load_state_dict(models.decoder["discriminator"].state_dict())
+    models.decoder.requires_grad_(False)
+    loss = partial(distillation_loss, teacher=models.with_settings(**TEACHER))
+    arrays = data.train_labels[:20_000], data.train_images[:20_000]
+    held_out = data.validation_labels[:1000], data.validation_images[:1000]
+    how = plan(config, "student") | {"learning_rate": 1e-3, "muon_learning_rate": 0.005}
+    how["after_epoch"] = lambda epoch: save_few_steps(models, run.output)
+    run.train("student", loss, arrays, held_out, **how)
+
+
+def distillation_loss(
+    networks: nn.ModuleDict, labels: Tensor, images: Tensor, rng: Rng, *, teacher: Models
+) -> dict[str, Tensor]:
+    """The student goes from noise in 1, in 2 and in 4 steps of Euler's. Each of its guesses should
+    be what the teacher makes of that noise and the classes `labels` (B,), by half the mean squared
+    error: reflow (Liu et al. 2022, Sec. 2.2), but at the states that the student itself comes to. A
+    discriminator, which knows real `images` (B, 1, 28, 28), sees to the texture of the last guesses
+    (Sauer et al. 2023, arXiv 2311.17042)."""
+    config, noise = teacher.config, rng.randn(len(labels), *state_shape(teacher.config))
+    dropped = rng.rand(len(labels)) < config.class_dropout
+    classes = class_weights(torch.where(dropped, NULL_CLASS, labels))
+    ask = torch.compiler.disable(last_state)  # its many steps would take minutes to compile
+    goal = ask(teacher, noise, classes).clone()  # no inference tensor, for autograd
+    velocity = guided(networks["flow"], networks["flow"], classes, 1.0, 0.0, 1.0)
+    ways = [[*integrate(velocity, noise, steps, "euler")][:-1] for steps in STUDENT_STEPS]
+    errors = [torch.stack([F.mse_loss(guess, goal) for _, guess in way]).mean() for way in ways]
+    made = decode(teacher, torch.cat([way[-1][1] for way in ways]))
+    wanted = decode(teacher, goal).repeat(len(ways), 1, 1, 1)
+    players = networks["discriminator"], made, wanted, images
+    parts = adversarial_loss(*players, weight=config.adversarial_weight)
+    return {"error of the guesses": torch.stack(errors).mean() / 2} | parts
 
 
 def embed(models: Models, images: Tensor) -> Tensor:
@@ -435,9 +494,7 @@ def decode(models: Models, states: Tensor) -> Tensor:
     return models.decoder["decoder"](models.autoencoder.destandardise(states)).float()
 
 
-# ==================================================================================================
-# Its figures
-# ==================================================================================================
+# --- Its figures ----------------------------------------------------------------------------------
 
 
 def draw_trajectories(models: Models, noise: Tensor, classes: Tensor, steps: int) -> Trajectories:
@@ -449,12 +506,15 @@ def draw_trajectories(models: Models, noise: Tensor, classes: Tensor, steps: int
 
 
 def save_own_figures(models: Models, data: Data, output: Path) -> None:
-    """Reconstructions, latent space, interpolations, guidance, nearest neighbours."""
+    """Reconstructions, latent space, interpolations, guidance, few steps, nearest neighbours."""
     save_reconstructions(models, data, output)
     save_latent_space(models, data, output)
     save_noise_interpolation(models, output)
     save_class_interpolation(models, output)
-    save_guidance(models, output)
+    if models.config.sampler != "student":  # which has the guidance that it was trained under
+        save_guidance(models, output)
+    if has_student(models):
+        save_few_steps(models, output)
     save_nearest_neighbours(models, data, output)
 
 
@@ -530,6 +590,18 @@ def save_guidance(models: Models, output: Path) -> None:
     path, names = output / "guidance" / f"guidance_epoch_{models.epoch}.png", list(CLASS_NAMES)
     title = f"Rising w, above 1 only from {config.guidance_high:g} to {config.guidance_low:g}"
     save_grid(path, torch.stack(columns, dim=1), names, [f"w={w:g}" for w in scales], title)
+
+
+def save_few_steps(models: Models, output: Path) -> None:
+    """The same noise of each class by the teacher, and by the student in 1, 2 and 4 steps."""
+    labels, who = labels_in_turn(10, models.device), {"the flow": TEACHER}
+    for steps in STUDENT_STEPS:
+        name = f"{steps} step{'s' * (steps > 1)}"
+        who[name] = {"sampler": "student", "sampling_steps": steps}
+    columns = [generate_samples(models.with_settings(**each), labels) for each in who.values()]
+    path = output / "few_steps" / f"few_steps_epoch_{models.epoch}.png"
+    title = "The flow, and its student in few steps"
+    save_grid(path, torch.stack(columns, dim=1), list(CLASS_NAMES), [*who], title)
 
 
 def save_nearest_neighbours(models: Models, data: Data, output: Path) -> None:
@@ -1152,18 +1224,18 @@ def initial_networks(config: Settings, device: torch.device) -> dict[str, nn.Mod
         return {name: network.to(device) for name, network in build_networks(config).items()}
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """The matrix (A, B) with its singular vectors kept and its singular values brought near 1, by
-    five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.to(torch.bfloat16 if has_bfloat16(matrix.device) else torch.float32)
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Matrices (N, A, B), each with its singular vectors kept and its singular values brought near
+    1, by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.to(torch.bfloat16 if has_bfloat16(matrices.device) else torch.float32)
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        quintic = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, quintic, x, beta=3.4445)
-    return x.T if tall else x
+        gram = x @ x.mT
+        quintic = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, quintic, x, beta=3.4445)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -1174,15 +1246,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """One step along the gradients of the weights."""
-        [group] = self.param_groups
+        [group], alike = self.param_groups, {}
         for weight in group["params"]:
             gradient, state = weight.grad.flatten(1), self.state[weight]
             if not state:
                 state["momentum"] = torch.zeros_like(gradient)
             momentum = state["momentum"].lerp_(gradient, 0.05)
-            update = orthogonalised(gradient.lerp(momentum, 0.95)).reshape(weight.shape)
-            tallness = len(gradient) / gradient[0].numel()
-            weight.sub_(update, alpha=group["lr"] * max(1.0, tallness) ** 0.5)
+            update = gradient.lerp(momentum, 0.95)
+            alike.setdefault(update.shape, []).append((weight, update))
+        for (rows, columns), members in alike.items():  # a GPU waits for each launch
+            weights, updates = zip(*members)
+            rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+            for weight, update in zip(weights, orthogonalised(torch.stack(updates))):
+                weight.sub_(update.reshape(weight.shape), alpha=rate)
 
 
 def build_optimizers(network: nn.Module, rates: dict[str, float]) -> dict[str, Any]:
@@ -1577,9 +1653,10 @@ def load_trained(folder: Path, device: str = "auto", **changes) -> Models:
     where, networks = pick_device(device), {}
     config = settle(default_settings(where), changes | {"device": device}, checkpoint)
     for name, network in initial_networks(config, where).items():
-        average = AveragedModel(network).eval()
-        load_state(average, checkpoint["stages"][name].get("ema"))
-        networks[name] = average.module
+        if name in checkpoint["stages"]:  # one after the diffusion may not have begun
+            average = AveragedModel(network).eval()
+            load_state(average, checkpoint["stages"][name].get("ema"))
+            networks[name] = average.module
     models = Models(networks, config, checkpoint["history"])
     print(f"{VERSION} on {where}, torch {torch.__version__}, {models.epoch} epochs; from {folder}")
     return models
@@ -2001,7 +2078,10 @@ def save_page(models: Models, output: Path) -> None:
     places = {"--output-dir": str(output), "--data-dir": config.data_dir, "--device": config.device}
     given = [part for pair in places.items() if pair[1] not in ("", "auto") for part in pair]
     run = shlex.join(["python", Path(__file__).name, *given])
-    commands = f"{run}\n{run} --sample-only --num-samples 16\n{run} --epochs {2 * config.epochs}"
+    last = [*models.networks][-1]  # the stage that can still be trained on
+    epochs = "epochs" if last == "diffusion" else f"{last}_epochs"
+    commands = f"{run}\n{run} --sample-only --num-samples 16\n"
+    commands += f"{run} {flag(epochs)} {2 * getattr(config, epochs)}"
     if not (output / "checkpoints").is_dir():  # of a run or of weights elsewhere
         commands = f"{shlex.join(['python', *sys.argv])} --num-samples 16"
     data = {"sheets": json.dumps(sheets), "colours": json.dumps(CLASS_COLOURS), "paths": paths}

@@ -15,6 +15,7 @@ sampling seeds:
 The figures go to ``leaderboard.json`` beside this file, and tables of them to two READMEs: a short
 one to that of the repository, all columns to the one beside this file. A row keeps its committed
 figures until its version's output is another one; ``--again`` measures it all the same.
+What a whole run on a GPU took, ``gpu_run``, is of another run, and is written there by hand.
 """
 
 import argparse
@@ -77,6 +78,7 @@ SIZES = {
     "parameters": "parameters",
     "epochs": "epochs",
     "training": "training",
+    "gpu_run": "whole run on a GPU",
     "sampler": "sampler",
     "evaluations": "evaluations",
     "seconds": "s per 1,000 images",
@@ -189,6 +191,7 @@ def measure(version, path, committed, args):
         "training_seconds": seconds,
         "training_hardware": args.training_hardware or measured["sampling_hardware"],
         "run_seconds": args.run_seconds,
+        **({"gpu_run": committed["gpu_run"]} if "gpu_run" in committed else {}),
         **measured,
         "samples": SAMPLES,
         **score_files(samples, args.data_dir),
@@ -219,6 +222,7 @@ def format_row(row, columns, folder="."):
         "parameters": f"{row['parameters'] / 1e6:.2f} M",
         "epochs": " + ".join(map(str, row["epochs"].values())),
         "training": f"{row['training_seconds'] / 60:.1f} min, {trained}",
+        "gpu_run": row.get("gpu_run", "not measured"),
         "sampler": row["sampler"],
         "evaluations": f"{row['evaluations']:g}",
         "seconds": f"{row['seconds_per_1000_images']:.2g}"

@@ -63,8 +63,9 @@ def find_versions(wanted=(), repository=REPOSITORY):
 
 
 def epoch_fields(config_class):
-    """Names of the fields that say how many epochs a stage is trained for."""
-    names = [field.name for field in dataclasses.fields(config_class)]
+    """Names of the fields that say how many epochs a stage is trained for, but for extras that
+    have none by default."""
+    names = [field.name for field in dataclasses.fields(config_class) if field.default]
     return [name for name in names if name == "epochs" or name.endswith("_epochs")]
 
 
@@ -337,8 +338,10 @@ def make_untrained(path, flags, folder):
 
 def sampled_parameters(networks):
     """Number of parameters of a version's networks, without those that only training needs: where a
-    stage trains the decoder on, its discriminator, and the decoder of the stage before."""
+    stage trains the decoder on, its discriminator, and the decoder of the stage before; and the
+    student, whom `Sampler` does not measure."""
     unused = ("autoencoder.decoder.", "decoder.discriminator.") if "decoder" in networks else ()
+    unused += ("student.",)
     named = torch.nn.ModuleDict(networks).named_parameters()
     return sum(each.numel() for name, each in named if not name.startswith(unused))
 
