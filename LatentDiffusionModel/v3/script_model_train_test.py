@@ -4,15 +4,14 @@ Stage 1 trains an autoencoder that turns a 28x28 image into a small latent. Stag
 decoder on against a discriminator, which gives the images their texture. Stage 3 trains a
 class-conditional UNet to carry Gaussian noise to such latents along straight lines, and a guide,
 the same UNet trained for less, to show what to avoid. Sampling integrates the guided velocity with
-Euler's or Heun's method, and decodes the result. An optional fourth stage trains a student, which
-learns from the flow to make do with one, two or four steps.
+Euler's or Heun's method, and decodes the result. An optional student learns to take few steps.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
     python script_model_train_test.py --sample-only --class Sandal --num-samples 16
     python script_model_train_test.py --sample-only --class Sandal --pretrained
     python script_model_train_test.py --sample-only --export-samples 10000
-    python script_model_train_test.py --student-epochs 1           train the student too, and then
+    python script_model_train_test.py --student-epochs 1      train the student too, to sample with:
     python script_model_train_test.py --sample-only --sampler student --sampling-steps 2
 
 Papers: rectified flow (Liu et al. 2022, arXiv 2209.03003) with logit-normal times (Esser et al.
@@ -157,16 +156,16 @@ def sample(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """States and guesses, noise (B, C, 7, 7) to latents, for class weights `classes` (B, 11). By
     the student, if it is the sampler; where `steps` are given, which may be many, by the flow."""
-    config = models.config
+    config, solver = models.config, models.config.sampler
     interval = config.guidance_low / 1000, config.guidance_high / 1000
-    solver = TEACHER["sampler"] if config.sampler == "student" else config.sampler
-    if config.sampler == "student" and not steps:
+    if solver == "student" and not steps:
         if not has_student(models) or config.sampling_steps not in STUDENT_STEPS:
             needs = "a trained student (--student-epochs 1) and --sampling-steps 1, 2 or 4"
             raise ExperimentError(f"--sampler student needs {needs}")
         velocity = guided(models.student["flow"], models.guide, classes, 1.0, *interval)
         return integrate(velocity, noise, config.sampling_steps, "euler")
     velocity = guided(models.diffusion, models.guide, classes, config.guidance_scale, *interval)
+    solver = TEACHER["sampler"] if solver == "student" else solver
     return integrate(velocity, noise, steps or config.sampling_steps, solver)
 
 
@@ -404,13 +403,12 @@ def build_networks(config: Config) -> dict[str, nn.Module]:
     """What each stage trains: the guide is the denoiser, trained for less."""
     autoencoder = Autoencoder(config.latent_channels, config.autoencoder_width)
     discriminator = patch_discriminator(config.discriminator_width)
-    players = {"decoder": copy.deepcopy(autoencoder.decoder), "discriminator": discriminator}
+    players = copy.deepcopy({"decoder": autoencoder.decoder, "discriminator": discriminator})
     denoiser = partial(LatentUNet, config.latent_channels, config.width)
     stages = {"autoencoder": autoencoder, "decoder": nn.ModuleDict(players)}
     stages |= {"guide": denoiser(), "diffusion": denoiser()}
     if config.student_epochs:
-        players = {"flow": denoiser(), "discriminator": copy.deepcopy(discriminator)}
-        stages["student"] = nn.ModuleDict(players)
+        stages["student"] = nn.ModuleDict({"flow": denoiser(), "discriminator": discriminator})
     return stages
 
 
@@ -479,8 +477,8 @@ def distillation_loss(
     errors = [torch.stack([F.mse_loss(guess, goal) for _, guess in way]).mean() for way in ways]
     made = decode(teacher, torch.cat([way[-1][1] for way in ways]))
     wanted = decode(teacher, goal).repeat(len(ways), 1, 1, 1)
-    players = networks["discriminator"], made, wanted, images
-    parts = adversarial_loss(*players, weight=config.adversarial_weight)
+    weight, judge = config.adversarial_weight, networks["discriminator"]
+    parts = adversarial_loss(judge, made, wanted, images, weight=weight)
     return {"error of the guesses": torch.stack(errors).mean() / 2} | parts
 
 
