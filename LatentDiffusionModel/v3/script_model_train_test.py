@@ -73,9 +73,9 @@ class Config:
     student_epochs: int = option(0, "epochs of the student; 0: none", 0, 10_000, resume="keep")
     student_batch_size: int = option(64, "latents a step, stage 4", 1, 4096)
     # samples
-    sampler: str = option("heun", "solver", choices=("euler", "heun", "student"), resume="keep")
-    sampling_steps: int = option(6, "steps, Heun's of two evaluations", 1, 1000, resume="keep")
-    guidance_scale: float = option(2.75, "w of u + w (c - u)", 0.0, 20.0, resume="keep")
+    sampler: str = option("heun", "method", choices=("euler", "heun", "student"), resume="keep")
+    sampling_steps: int = option(6, "steps; the student's: 1, 2 or 4", 1, 1000, resume="keep")
+    guidance_scale: float = option(2.75, "flow's w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: int = option(200, "t where guidance ends", 0, 1000, resume="keep")
     guidance_high: int = option(750, "t where guidance begins", 0, 1000, resume="keep")
 
@@ -155,7 +155,7 @@ def sample(
     models: Models, noise: Tensor, classes: Tensor, steps: int = 0, fresh: Fresh | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """States and guesses, noise (B, C, 7, 7) to latents, for class weights `classes` (B, 11). By
-    the student, if it is the sampler; where `steps` are given, which may be many, by the flow."""
+    the student, if it is the sampler and no `steps` are given; else by the flow."""
     config, solver = models.config, models.config.sampler
     interval = config.guidance_low / 1000, config.guidance_high / 1000
     if solver == "student" and not steps:
@@ -446,7 +446,7 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
 
 
 def train_student(run: Run, models: Models, data: Data) -> None:
-    """Trains a copy of the flow to make do with few steps, on 20,000 training images and labels."""
+    """Trains a copy of the flow to make do with few steps; an epoch is 20,000 images and labels."""
     player, config = run.networks["student"], run.config
     player["flow"].load_state_dict(models.diffusion.state_dict())
     player["discriminator"].load_state_dict(models.decoder["discriminator"].state_dict())
@@ -462,11 +462,11 @@ def train_student(run: Run, models: Models, data: Data) -> None:
 def distillation_loss(
     networks: nn.ModuleDict, labels: Tensor, images: Tensor, rng: Rng, *, teacher: Models
 ) -> dict[str, Tensor]:
-    """The student goes from noise in 1, in 2 and in 4 steps of Euler's. Each of its guesses should
-    be what the teacher makes of that noise and the classes `labels` (B,), by half the mean squared
-    error: reflow (Liu et al. 2022, Sec. 2.2), but at the states that the student itself comes to. A
-    discriminator, which knows real `images` (B, 1, 28, 28), sees to the texture of the last guesses
-    (Sauer et al. 2023, arXiv 2311.17042)."""
+    """The student goes from one noise in 1, in 2 and in 4 steps of Euler's method. Each guess on
+    the way should be what the teacher makes of that noise and the classes `labels` (B,): half the
+    mean squared error, as in reflow (Liu et al. 2022, Sec. 2.2), but at the states that the student
+    itself reaches. Its last guesses, decoded, should also match the teacher's images and convince a
+    discriminator that knows real `images` (B, 1, 28, 28) (Sauer et al. 2023, arXiv 2311.17042)."""
     config, noise = teacher.config, rng.randn(len(labels), *state_shape(teacher.config))
     dropped = rng.rand(len(labels)) < config.class_dropout
     classes = class_weights(torch.where(dropped, NULL_CLASS, labels))
@@ -509,7 +509,7 @@ def save_own_figures(models: Models, data: Data, output: Path) -> None:
     save_latent_space(models, data, output)
     save_noise_interpolation(models, output)
     save_class_interpolation(models, output)
-    if models.config.sampler != "student":  # which has the guidance that it was trained under
+    if models.config.sampler != "student":  # its guidance is fixed by training
         save_guidance(models, output)
     if has_student(models):
         save_few_steps(models, output)
