@@ -191,7 +191,7 @@ def measure(version, path, committed, args):
         "training_seconds": seconds,
         "training_hardware": args.training_hardware or measured["sampling_hardware"],
         "run_seconds": args.run_seconds,
-        **({"gpu_run": committed["gpu_run"]} if "gpu_run" in committed else {}),
+        "gpu_run": committed.get("gpu_run"),
         **measured,
         "samples": SAMPLES,
         **score_files(samples, args.data_dir),
@@ -222,7 +222,7 @@ def format_row(row, columns, folder="."):
         "parameters": f"{row['parameters'] / 1e6:.2f} M",
         "epochs": " + ".join(map(str, row["epochs"].values())),
         "training": f"{row['training_seconds'] / 60:.1f} min, {trained}",
-        "gpu_run": row.get("gpu_run", "not measured"),
+        "gpu_run": row.get("gpu_run") or "not measured",
         "sampler": row["sampler"],
         "evaluations": f"{row['evaluations']:g}",
         "seconds": f"{row['seconds_per_1000_images']:.2g}"
