@@ -288,6 +288,20 @@ def test_checkpoint_that_is_saved_meanwhile_is_left_alone(module, whole, output,
     assert last.read_bytes() == whole[0]
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_too_little_memory_for_a_checkpoint_is_no_damage(
+    module, undisturbed, tiny_data_dir, output, monkeypatch, error
+):
+    def load(*args, **options):
+        raise error
+
+    monkeypatch.setattr(module.torch, "load", load)
+    assert "out of memory" in refusal(module, flags(module, output, tiny_data_dir), status=1)
+    assert files_below(output) == files_below(undisturbed)
+
+
 def test_damaged_previous_checkpoint_is_no_matter(module, whole, tiny_data_dir, output):
     (output / "checkpoints" / "previous.pt").write_bytes(b"garbage")
     assert run(module, flags(module, output, tiny_data_dir, epochs=4)) == 0

@@ -302,15 +302,16 @@ def test_a_plan_is_made_of_the_settings_that_bear_the_stages_name(module):
 
 def test_a_setting_is_the_flag_or_the_checkpoints_or_the_default(module):
     defaults = module.default_settings(CPU)
-    stored = {name: defaults[name] for name in module.stored_settings("match", "keep")}
+    stored = {name: defaults[name] for name in module.settings_that("match", "keep")}
     checkpoint = {"config": stored | {"epochs": 7, "rank": 24, "noise": "first"}}
     settled = module.settle(defaults, {"noise": "fresh", "rank": 24}, checkpoint)
     assert (settled.epochs, settled.rank, settled.noise) == (7, 24, "fresh")
     assert module.settle(defaults, {}, None) == module.Settings(**defaults)
-    local = {"output_dir", "run_dir", "data_dir", "device", "compile", "sampling_seed"}
-    local |= {"fresh", "quick", "sample_only", "pretrained"}
-    local |= {"class_", "num_samples", "export_samples"}
-    assert module.stored_settings("local") == local == defaults.keys() - stored.keys()
+    local = {"output_dir", "data_dir", "device", "compile", "sampling_seed"}
+    local |= {"fresh", "quick", "sample_only", "export_samples"}
+    to_sample = {"run_dir", "pretrained", "class_", "num_samples"}
+    assert (module.settings_that("local"), module.settings_that("sample")) == (local, to_sample)
+    assert local | to_sample == defaults.keys() - stored.keys()
     with pytest.raises(module.ExperimentError) as raised:
         module.settle(defaults, {"rank": 8, "seed": 5, "epochs": 9}, checkpoint)
     assert "rank is 24 there and 8 here" in str(raised.value)

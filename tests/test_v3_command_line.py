@@ -87,10 +87,10 @@ def test_help_tells_values_and_limits_of_every_setting(module, monkeypatch, caps
         parts[re.match(r"(?:-h, )?--([a-z0-9-]+)", part)[1]] = " ".join(part.split())
     for field in dataclasses.fields(module.Settings):
         told, rules = parts.pop(module.flag(field.name)[2:]), field.metadata
-        expected = [rules["help"], f"default: {field.default!r}", *rules["choices"]]
+        expected = [rules["help"], f"default: {field.default!r}", *map(str, rules["choices"])]
         expected += [f"on a GPU {rules['gpu']!r}"] if rules["gpu"] is not None else []
         expected += [f"with --quick {rules['quick']!r}"] if rules["quick"] is not None else []
-        if type(field.default) in (int, float):
+        if rules["low"] is not None:
             expected.append(f"{rules['low']:,.10g} to {rules['high']:,.10g}")
         assert [part for part in expected if part not in told] == []
     assert parts.keys() == {"help"}

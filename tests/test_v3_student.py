@@ -10,7 +10,7 @@ from torch import nn
 from networks import models_of, perturb, rng_of, stages_of, tiny_models, without_gradient
 from script_runs import STEPS, differences, flags, on_v3, read, refusal, run, steps
 
-NEEDS = "--sampler student needs a trained student (--student-epochs 1) and --sampling-steps 1, 2"
+NEEDS = "--student-steps needs a student: --student-epochs 1 trains it"
 
 
 def straight(scale):
@@ -123,13 +123,13 @@ def test_student_is_trained_after_the_flow_resumes_and_samples_in_few_steps(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         assert run(module, flags(module, folder, tiny_data_dir)) == 0
-    arguments = {"sampler": "student", "sampling_steps": 2, "export_samples": 4}
+    arguments = {"student_steps": 2, "export_samples": 4}
     few = [*flags(module, whole, tiny_data_dir, **arguments), "--sample-only"]
     assert NEEDS in refusal(module, few)
     assert NEEDS in refusal(module, [*few, "--student-epochs=2"])
-    early = flags(module, whole, tiny_data_dir, sampler="student", student_epochs=2)
-    assert "there is no student to draw samples yet" in refusal(module, early)
     more = {"student_epochs": 2}
+    early = flags(module, whole, tiny_data_dir, student_steps=2, **more)
+    assert "--student-steps goes with --sample-only" in refusal(module, early)
     assert run(module, flags(module, whole, tiny_data_dir, **more)) == 0
     assert steps(whole) == STEPS | {"student": 6}
     before, after = read(undisturbed)["stages"], read(whole)["stages"]
@@ -151,9 +151,9 @@ def test_student_is_trained_after_the_flow_resumes_and_samples_in_few_steps(
     assert differences(read(whole)["stages"], read(stopped)["stages"]) == []
 
     assert run(module, few) == 0
-    assert NEEDS in refusal(module, [*few, "--sampling-steps=3"])
+    assert "3 is not one of 0, 1, 2, 4" in refusal(module, [*few, "--student-steps=3"])
     assert NEEDS in refusal(module, [*few, "--student-epochs=0"])
-    models, asked = module.load_trained(whole, "cpu", sampler="student", sampling_steps=2), []
+    models, asked = module.load_trained(whole, "cpu", student_steps=2), []
     asking = {"student": models.student["flow"], "flow": models.diffusion, "guide": models.guide}
     for name, network in asking.items():
         network.register_forward_hook(lambda *_, name=name: asked.append(name))
@@ -161,7 +161,7 @@ def test_student_is_trained_after_the_flow_resumes_and_samples_in_few_steps(
     assert asked == ["student"] * 2
     stored = np.load(whole / "samples.npz")["arr_0"]
     assert np.array_equal(stored, images.permute(0, 2, 3, 1).numpy())
-    flow = models.with_settings(sampler="heun")
+    flow = models.with_settings(student_steps=0)
     assert not torch.equal(module.generate_samples(flow, torch.arange(4)), images)
 
 
@@ -192,11 +192,10 @@ def test_figures_show_the_student_beside_its_teacher(script_v3, monkeypatch, tmp
     assert [args[0].parent.name for args in shown] == ["guidance"]  # not trained yet
     models.history.append({"stage": "student", "epoch": 1})
     drawn.clear()
-    models = models.with_settings(sampler="student", sampling_steps=2)
-    script_v3.save_own_figures(models, None, tmp_path)
-    found = [(config.sampler, config.sampling_steps) for config in drawn]
-    assert found == [("heun", 8), ("student", 1), ("student", 2), ("student", 4)]
-    _, (path, images, rows, columns, _) = shown
+    script_v3.save_own_figures(models.with_settings(student_steps=2), None, tmp_path)
+    guidance, found = len(shown[1][3]), [(c.sampling_steps, c.student_steps) for c in drawn]
+    assert found == [(6, 0)] * guidance + [(8, 0), (6, 1), (6, 2), (6, 4)]
+    *_, (path, images, rows, columns, _) = shown
     assert path == tmp_path / "few_steps" / "few_steps_epoch_0.png"
     assert images.shape[:2] == (10, 4) and len(rows) == 10
     assert columns == ["the flow", "1 step", "2 steps", "4 steps"]
@@ -207,7 +206,7 @@ def test_trajectories_beside_a_student_are_those_of_the_flow(script_v3):
     noise, classes = torch.randn(3, 8, 7, 7), script_v3.class_weights(torch.arange(3))
     states, guesses = script_v3.trajectory(models, noise, classes, 5)
     models.history.append({"stage": "student", "epoch": 1})
-    models = models.with_settings(sampler="student", sampling_steps=2)
+    models = models.with_settings(student_steps=2)
     again = script_v3.trajectory(models, noise, classes, 5)
     assert torch.equal(states, again[0]) and torch.equal(guesses, again[1])
     assert len(script_v3.trajectory(models, noise, classes)[0]) == 3

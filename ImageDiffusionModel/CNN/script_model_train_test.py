@@ -406,6 +406,7 @@ TITLES = (*CLASS_NAMES, "no class")  # by label
 NULL_CLASS = len(CLASS_NAMES)
 
 once_only = partial(option, resume="local")  # is of one run of the script, and in no checkpoint
+to_sample = partial(option, resume="sample")  # the same, and goes with --sample-only
 
 
 @dataclasses.dataclass
@@ -424,10 +425,10 @@ class Settings(Config):
     fresh: bool = once_only(False, "start over; the old run moves to OUTPUT_DIR/old_runs")
     quick: bool = once_only(False, "the whole pipeline, tiny, into output/quick")
     sample_only: bool = once_only(False, "no training: all figures, or the samples asked for")
-    run_dir: str = once_only("", "with --sample-only: the run's output folder, if another")
-    pretrained: bool = once_only(False, "with --sample-only: the weights that come along")
-    class_: str = once_only("all", "with --sample-only: a PNG of it", choices=("all", *TITLES))
-    num_samples: int = once_only(16, "with --sample-only: a PNG of this many samples", 1, 10**6)
+    run_dir: str = to_sample("", "with --sample-only: the run's output folder, if another")
+    pretrained: bool = to_sample(False, "with --sample-only: the weights that come along")
+    class_: str = to_sample("all", "with --sample-only: a PNG of it", choices=("all", *TITLES))
+    num_samples: int = to_sample(16, "with --sample-only: a PNG of this many samples", 1, 10**6)
     export_samples: int = once_only(0, "write this many samples to samples.npz", 0, 10**6)
     sampling_seed: int = once_only(0, "seed of the samples' noise", 0, 2**31 - 1)
 
@@ -449,7 +450,7 @@ def flag(name: str) -> str:
 def limits(rules: Mapping) -> str:
     """Those of a setting in words, from the metadata that `option` gave it."""
     if rules["choices"]:
-        return f"one of {', '.join(rules['choices'])}"
+        return f"one of {', '.join(map(str, rules['choices']))}"
     words = "" if rules["low"] is None else f"{rules['low']:,.10g} to {rules['high']:,.10g}"
     return words + (f", a multiple of {rules['multiple']}" if rules["multiple"] else "")
 
@@ -481,8 +482,8 @@ def parse_command_line(argv: list[str] | None) -> dict:
         parser.add_argument(flag(field.name), dest=field.name, **how)
     given = vars(parser.parse_args(argv))
     Settings(**given)  # checks each
-    for name in ("class_", "num_samples", "pretrained", "run_dir"):
-        if name in given and "sample_only" not in given:
+    for name in sorted(settings_that("sample") & given.keys()):
+        if "sample_only" not in given:
             refuse(f"{flag(name)} goes with --sample-only")
     for pair in (("fresh", "sample_only"), ("pretrained", "quick"), ("pretrained", "run_dir")):
         if given.keys() >= {*pair}:
@@ -502,7 +503,7 @@ def default_settings(device: torch.device, quick: bool = False) -> dict:
     return settings
 
 
-def stored_settings(*resume: str) -> set[str]:
+def settings_that(*resume: str) -> set[str]:
     """Names of the settings whose `resume` is one of those given."""
     fields = dataclasses.fields(Settings)
     return {field.name for field in fields if field.metadata["resume"] in resume}
@@ -512,7 +513,7 @@ def settle(defaults: dict, given: dict, checkpoint: dict | None) -> Settings:
     """The settings of this run: the flags `given`, else the checkpoint's values, else the defaults.
     Raises ExperimentError that names the settings in which the flags contradict the checkpoint."""
     stored = checkpoint["config"] if checkpoint else {}
-    names = stored_settings("match") & stored.keys()
+    names = settings_that("match") & stored.keys()
     names = [name for name in given if name in names and given[name] != stored[name]]
     clashes = [f"{name} is {stored[name]!r} there and {given[name]!r} here" for name in names]
     if clashes:
@@ -774,6 +775,7 @@ def labels_in_turn(count: int, device: torch.device) -> Tensor:
 
 CHECKPOINT = {"format": 1, "version": VERSION, "torch": str(torch.__version__)}
 START_OVER = "choose another --output-dir, or start over with --fresh"
+NO_MEMORY = "of memory|CPUAllocator|MemoryError"  # what such errors say
 
 
 def replace(source: Path, target: Path) -> None:
@@ -828,7 +830,8 @@ def save_checkpoint(content: dict, folder: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Reads a file to the CPU, executing nothing. Raises ValueError if it is damaged in any way."""
+    """Reads a file to the CPU, executing nothing. Raises ValueError if it is damaged in any way,
+    and what torch raises if there is no memory for it."""
     file = io.BytesIO(path.read_bytes())
     try:
         with zipfile.ZipFile(file) as archive:  # torch.load skips the CRCs
@@ -842,6 +845,8 @@ def read_checkpoint(path: Path) -> dict:
             raise ValueError("it is not a checkpoint")
         return content
     except Exception as error:  # arbitrary bytes provoke arbitrary errors
+        if re.search(NO_MEMORY, repr(error)):
+            raise
         raise ValueError(repr(error)[:150]) from None
 
 
@@ -869,7 +874,7 @@ def find_checkpoint(folder: Path) -> dict | None:
         raise ExperimentError(f"{path} belongs to {content['version']}: {START_OVER}")
     fits = content["format"] == CHECKPOINT["format"]
     fits = fits and content.keys() == {*CHECKPOINT, "config", "stages", "history"}
-    if not fits or {*content["config"]} != stored_settings("match", "keep"):
+    if not fits or {*content["config"]} != settings_that("match", "keep"):
         raise ExperimentError(f"{path} was written by another release: {START_OVER}")
     return content
 
@@ -1124,7 +1129,7 @@ class Run:
         """Writes a checkpoint, and metrics.csv; process 0 does."""
         if rank() > 0:
             return
-        config = {name: getattr(self.config, name) for name in stored_settings("match", "keep")}
+        config = {name: getattr(self.config, name) for name in settings_that("match", "keep")}
         stages = {name: stage.state() for name, stage in self.stages.items()}
         content = CHECKPOINT | {"config": config, "stages": stages, "history": self.history}
         save_checkpoint(content, self.output / "checkpoints")
@@ -1803,7 +1808,7 @@ def save_page(models: Models, output: Path) -> None:
 # --- main -----------------------------------------------------------------------------------------
 
 FAULTS = {  # by what the kind of an error and its message say
-    "of memory|CPUAllocator|MemoryError": "out of memory: smaller batches or widths need less",
+    NO_MEMORY: "out of memory: smaller batches or widths need less",
     r"^torch\._(dynamo|inductor)": "--compile needs a C++ compiler on a CPU, Triton on a GPU",
     "gloo|Dist[A-Za-z]*Error": "another process has ended; see its message",
 }

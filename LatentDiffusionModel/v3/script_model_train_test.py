@@ -12,7 +12,7 @@ Euler's or Heun's method, and decodes the result. An optional student learns to 
     python script_model_train_test.py --sample-only --class Sandal --pretrained
     python script_model_train_test.py --sample-only --export-samples 10000
     python script_model_train_test.py --student-epochs 1      train the student too, to sample with:
-    python script_model_train_test.py --sample-only --sampler student --sampling-steps 2
+    python script_model_train_test.py --sample-only --student-steps 2
 
 Papers: rectified flow (Liu et al. 2022, arXiv 2209.03003) with logit-normal times (Esser et al.
 2024, 2403.03206); latent diffusion (Rombach et al. 2022, 2112.10752) with a patch discriminator
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 VERSION = "LatentDiffusionModel/v3"
 CONDITIONAL = True
-TEACHER = {"sampler": "heun", "sampling_steps": 8}  # whom the student learns from
+TEACHER = {"sampler": "heun", "sampling_steps": 8, "student_steps": 0}  # whom the student copies
 STUDENT_STEPS = 1, 2, 4  # those that it learns to make do with
 
 
@@ -73,11 +73,13 @@ class Config:
     student_epochs: int = option(0, "epochs of the student; 0: none", 0, 10_000, resume="keep")
     student_batch_size: int = option(64, "latents a step, stage 4", 1, 4096)
     # samples
-    sampler: str = option("heun", "method", choices=("euler", "heun", "student"), resume="keep")
-    sampling_steps: int = option(6, "steps; the student's: 1, 2 or 4", 1, 1000, resume="keep")
+    sampler: str = option("heun", "method", choices=("euler", "heun"), resume="keep")
+    sampling_steps: int = option(6, "steps", 1, 1000, resume="keep")
     guidance_scale: float = option(2.75, "flow's w of u + w (c - u)", 0.0, 20.0, resume="keep")
     guidance_low: int = option(200, "t where guidance ends", 0, 1000, resume="keep")
     guidance_high: int = option(750, "t where guidance begins", 0, 1000, resume="keep")
+    student_steps: int = option(0, "with --sample-only: the student's steps; 0: the flow draws",
+                                choices=(0, *STUDENT_STEPS), resume="sample")  # fmt: skip
 
 
 # ==================================================================================================
@@ -154,19 +156,17 @@ def has_student(models: Models) -> bool:
 def sample(
     models: Models, noise: Tensor, classes: Tensor, steps: int = 0, fresh: Fresh | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """States and guesses, noise (B, C, 7, 7) to latents, for class weights `classes` (B, 11). By
-    the student, if it is the sampler and no `steps` are given; else by the flow."""
-    config, solver = models.config, models.config.sampler
+    """States and guesses, noise (B, C, 7, 7) to latents, for class weights `classes` (B, 11); by
+    the student, if the settings say so and no `steps` are given."""
+    config = models.config
     interval = config.guidance_low / 1000, config.guidance_high / 1000
-    if solver == "student" and not steps:
-        if not has_student(models) or config.sampling_steps not in STUDENT_STEPS:
-            needs = "a trained student (--student-epochs 1) and --sampling-steps 1, 2 or 4"
-            raise ExperimentError(f"--sampler student needs {needs}")
+    if config.student_steps and not steps:
+        if not has_student(models):
+            raise ExperimentError("--student-steps needs a student: --student-epochs 1 trains it")
         velocity = guided(models.student["flow"], models.guide, classes, 1.0, *interval)
-        return integrate(velocity, noise, config.sampling_steps, "euler")
+        return integrate(velocity, noise, config.student_steps, "euler")
     velocity = guided(models.diffusion, models.guide, classes, config.guidance_scale, *interval)
-    solver = TEACHER["sampler"] if solver == "student" else solver
-    return integrate(velocity, noise, steps or config.sampling_steps, solver)
+    return integrate(velocity, noise, steps or config.sampling_steps, config.sampler)
 
 
 # --- The networks ---------------------------------------------------------------------------------
@@ -416,8 +416,6 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
     """Trains the autoencoder; then, on its averaged weights, the decoder, the guide and the flow;
     and a student, if asked to."""
     config, autoencoder = run.config, models.autoencoder
-    if config.sampler == "student" and not run.begun("student"):
-        raise ExperimentError("there is no student to draw samples yet: train with --sampler heun")
     what = partial(reconstruction_loss, latent_noise=config.latent_noise), (data.train_images,)
     run.train("autoencoder", *what, (data.validation_images,), **plan(config, "autoencoder"))
     raw = once(autoencoder.raw_encode, data.train_images)
@@ -509,8 +507,7 @@ def save_own_figures(models: Models, data: Data, output: Path) -> None:
     save_latent_space(models, data, output)
     save_noise_interpolation(models, output)
     save_class_interpolation(models, output)
-    if models.config.sampler != "student":  # its guidance is fixed by training
-        save_guidance(models, output)
+    save_guidance(models.with_settings(student_steps=0), output)
     if has_student(models):
         save_few_steps(models, output)
     save_nearest_neighbours(models, data, output)
@@ -595,7 +592,7 @@ def save_few_steps(models: Models, output: Path) -> None:
     labels, who = labels_in_turn(10, models.device), {"the flow": TEACHER}
     for steps in STUDENT_STEPS:
         name = f"{steps} step{'s' * (steps > 1)}"
-        who[name] = {"sampler": "student", "sampling_steps": steps}
+        who[name] = {"student_steps": steps}
     columns = [generate_samples(models.with_settings(**each), labels) for each in who.values()]
     path = output / "few_steps" / f"few_steps_epoch_{models.epoch}.png"
     title = "The flow, and its student in few steps"
@@ -699,6 +696,7 @@ TITLES = (*CLASS_NAMES, "no class")  # by label
 NULL_CLASS = len(CLASS_NAMES)
 
 once_only = partial(option, resume="local")  # is of one run of the script, and in no checkpoint
+to_sample = partial(option, resume="sample")  # the same, and goes with --sample-only
 
 
 @dataclasses.dataclass
@@ -717,10 +715,10 @@ class Settings(Config):
     fresh: bool = once_only(False, "start over; the old run moves to OUTPUT_DIR/old_runs")
     quick: bool = once_only(False, "the whole pipeline, tiny, into output/quick")
     sample_only: bool = once_only(False, "no training: all figures, or the samples asked for")
-    run_dir: str = once_only("", "with --sample-only: the run's output folder, if another")
-    pretrained: bool = once_only(False, "with --sample-only: the weights that come along")
-    class_: str = once_only("all", "with --sample-only: a PNG of it", choices=("all", *TITLES))
-    num_samples: int = once_only(16, "with --sample-only: a PNG of this many samples", 1, 10**6)
+    run_dir: str = to_sample("", "with --sample-only: the run's output folder, if another")
+    pretrained: bool = to_sample(False, "with --sample-only: the weights that come along")
+    class_: str = to_sample("all", "with --sample-only: a PNG of it", choices=("all", *TITLES))
+    num_samples: int = to_sample(16, "with --sample-only: a PNG of this many samples", 1, 10**6)
     export_samples: int = once_only(0, "write this many samples to samples.npz", 0, 10**6)
     sampling_seed: int = once_only(0, "seed of the samples' noise", 0, 2**31 - 1)
 
@@ -742,7 +740,7 @@ def flag(name: str) -> str:
 def limits(rules: Mapping) -> str:
     """Those of a setting in words, from the metadata that `option` gave it."""
     if rules["choices"]:
-        return f"one of {', '.join(rules['choices'])}"
+        return f"one of {', '.join(map(str, rules['choices']))}"
     words = "" if rules["low"] is None else f"{rules['low']:,.10g} to {rules['high']:,.10g}"
     return words + (f", a multiple of {rules['multiple']}" if rules["multiple"] else "")
 
@@ -774,8 +772,8 @@ def parse_command_line(argv: list[str] | None) -> dict:
         parser.add_argument(flag(field.name), dest=field.name, **how)
     given = vars(parser.parse_args(argv))
     Settings(**given)  # checks each
-    for name in ("class_", "num_samples", "pretrained", "run_dir"):
-        if name in given and "sample_only" not in given:
+    for name in sorted(settings_that("sample") & given.keys()):
+        if "sample_only" not in given:
             refuse(f"{flag(name)} goes with --sample-only")
     for pair in (("fresh", "sample_only"), ("pretrained", "quick"), ("pretrained", "run_dir")):
         if given.keys() >= {*pair}:
@@ -795,7 +793,7 @@ def default_settings(device: torch.device, quick: bool = False) -> dict:
     return settings
 
 
-def stored_settings(*resume: str) -> set[str]:
+def settings_that(*resume: str) -> set[str]:
     """Names of the settings whose `resume` is one of those given."""
     fields = dataclasses.fields(Settings)
     return {field.name for field in fields if field.metadata["resume"] in resume}
@@ -805,7 +803,7 @@ def settle(defaults: dict, given: dict, checkpoint: dict | None) -> Settings:
     """The settings of this run: the flags `given`, else the checkpoint's values, else the defaults.
     Raises ExperimentError that names the settings in which the flags contradict the checkpoint."""
     stored = checkpoint["config"] if checkpoint else {}
-    names = stored_settings("match") & stored.keys()
+    names = settings_that("match") & stored.keys()
     names = [name for name in given if name in names and given[name] != stored[name]]
     clashes = [f"{name} is {stored[name]!r} there and {given[name]!r} here" for name in names]
     if clashes:
@@ -1067,6 +1065,7 @@ def labels_in_turn(count: int, device: torch.device) -> Tensor:
 
 CHECKPOINT = {"format": 1, "version": VERSION, "torch": str(torch.__version__)}
 START_OVER = "choose another --output-dir, or start over with --fresh"
+NO_MEMORY = "of memory|CPUAllocator|MemoryError"  # what such errors say
 
 
 def replace(source: Path, target: Path) -> None:
@@ -1121,7 +1120,8 @@ def save_checkpoint(content: dict, folder: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Reads a file to the CPU, executing nothing. Raises ValueError if it is damaged in any way."""
+    """Reads a file to the CPU, executing nothing. Raises ValueError if it is damaged in any way,
+    and what torch raises if there is no memory for it."""
     file = io.BytesIO(path.read_bytes())
     try:
         with zipfile.ZipFile(file) as archive:  # torch.load skips the CRCs
@@ -1135,6 +1135,8 @@ def read_checkpoint(path: Path) -> dict:
             raise ValueError("it is not a checkpoint")
         return content
     except Exception as error:  # arbitrary bytes provoke arbitrary errors
+        if re.search(NO_MEMORY, repr(error)):
+            raise
         raise ValueError(repr(error)[:150]) from None
 
 
@@ -1162,7 +1164,7 @@ def find_checkpoint(folder: Path) -> dict | None:
         raise ExperimentError(f"{path} belongs to {content['version']}: {START_OVER}")
     fits = content["format"] == CHECKPOINT["format"]
     fits = fits and content.keys() == {*CHECKPOINT, "config", "stages", "history"}
-    if not fits or {*content["config"]} != stored_settings("match", "keep"):
+    if not fits or {*content["config"]} != settings_that("match", "keep"):
         raise ExperimentError(f"{path} was written by another release: {START_OVER}")
     return content
 
@@ -1417,7 +1419,7 @@ class Run:
         """Writes a checkpoint, and metrics.csv; process 0 does."""
         if rank() > 0:
             return
-        config = {name: getattr(self.config, name) for name in stored_settings("match", "keep")}
+        config = {name: getattr(self.config, name) for name in settings_that("match", "keep")}
         stages = {name: stage.state() for name, stage in self.stages.items()}
         content = CHECKPOINT | {"config": config, "stages": stages, "history": self.history}
         save_checkpoint(content, self.output / "checkpoints")
@@ -2096,7 +2098,7 @@ def save_page(models: Models, output: Path) -> None:
 # --- main -----------------------------------------------------------------------------------------
 
 FAULTS = {  # by what the kind of an error and its message say
-    "of memory|CPUAllocator|MemoryError": "out of memory: smaller batches or widths need less",
+    NO_MEMORY: "out of memory: smaller batches or widths need less",
     r"^torch\._(dynamo|inductor)": "--compile needs a C++ compiler on a CPU, Triton on a GPU",
     "gloo|Dist[A-Za-z]*Error": "another process has ended; see its message",
 }
