@@ -69,8 +69,8 @@ FORMS = {
 SHORT = {
     "run": "whole run",
     "seconds": "s per 1,000 images",
-    "percent_of_blur": "FMD of blur",
-    "swd_percent_of_blur": "SWD of blur",
+    "percent_of_blur": "FMD, of blur",
+    "swd_percent_of_blur": "SWD, of blur",
     "coverage": "coverage",
 }
 SIZES = {
