@@ -129,6 +129,22 @@ def test_the_gpu_with_a_number_is_the_one_that_is_meant(name, chosen, monkeypatc
     assert current == chosen
 
 
+@pytest.mark.parametrize(("name", "gpus"), [("cuda", 1), ("cuda:0", 2), ("mps", 0), ("auto", 1)])
+def test_processes_that_lack_a_gpu_each_are_all_told_so(name, gpus, monkeypatch):
+    script = load_script(SCRIPT_V3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for number in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", number)
+        with pytest.raises(script.ExperimentError, match="several processes need a CUDA GPU each"):
+            script.pick_device(name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert script.pick_device("auto").type == "cpu"  # gloo does not know Apple's
+
+
 class Recorder(TorchDispatchMode):
     """Notes the operations that are carried out."""
 

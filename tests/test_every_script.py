@@ -7,6 +7,7 @@ The harness, which the scripts share, is tested in detail once, on LatentDiffusi
 """
 
 import collections
+import html
 import inspect
 import itertools
 import random
@@ -167,6 +168,16 @@ def test_finished_run_trains_nothing_and_draws_again(again, monkeypatch, epochs,
     assert len(data.validation_images) == 53  # a twelfth
     assert output == again.output
     assert (again.output / "checkpoints" / "last.pt").read_bytes() == checkpoint
+
+
+def test_the_last_command_of_its_page_trains_it_on(again, monkeypatch):
+    def train_step(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(again.module, "train_step", train_step)
+    page = (again.output / "index.html").read_text(encoding="utf-8")
+    commands = html.unescape(re.search("<pre>(.*?)</pre>", page, re.DOTALL)[1])
+    assert again.start(*commands.split()[-2:]) == 130
 
 
 def test_samples_of_a_loaded_model_are_those_of_the_run_that_trained_it(again):

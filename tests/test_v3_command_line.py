@@ -34,7 +34,7 @@ pytestmark = on_v3
         (["--guidance-scale=21"], ["--guidance-scale", "0 to 20"]),
         (["--width=12"], ["--width", "multiple of 8"]),
         (["--num-samples=16"], ["--sample-only"]),
-        (["--sample-only", "--num-samples=0"], ["--num-samples", "1 to 1,000,000"]),
+        (["--sample-only", "--num-samples=0"], ["--num-samples", "1 to 10,000"]),
         (["--export-samples=-1"], ["--export-samples", "0 to 1,000,000"]),
         (["--quick", "stray"], ["stray"]),
     ],
@@ -44,6 +44,12 @@ def test_wrong_flag_is_answered_with_what_is_right(module, tmp_path, monkeypatch
     line = refusal(module, [*arguments, f"--output-dir={tmp_path / 'new'}"])
     assert [part for part in parts if part not in line] == []
     assert not (tmp_path / "new").exists()
+
+
+def test_figures_of_another_run_need_a_folder_of_their_own(module):
+    assert "--run-dir goes with an --output-dir" in refusal(
+        module, ["--sample-only", "--run-dir=x"]
+    )
 
 
 def test_sample_only_without_a_checkpoint_says_how_to_train_one(module, tmp_path):
@@ -108,6 +114,23 @@ def test_number_of_samples_is_the_number_drawn(module, output, monkeypatch):
     assert run(module, [*arguments, "--num-samples=12"]) == 0
     assert run(module, [*arguments, "--class=Sandal"]) == 0
     assert [labels.tolist() for labels in asked] == [[9] * 5, [*range(10), 0, 1], [5] * 16]
+
+
+def test_many_samples_make_a_square(module, output, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(module, "save_grid", lambda path, images, *a, **k: shapes.append(images))
+    arguments = [f"--output-dir={output}", "--device=cpu", "--sample-only"]
+    for count in (3, 20, 130):
+        assert run(module, [*arguments, f"--num-samples={count}"]) == 0
+    assert [tuple(images.shape[:2]) for images in shapes] == [(1, 3), (3, 8), (12, 11)]
+
+
+def test_no_samples_asked_for_are_all_figures(module, output, tiny_data_dir, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(module, "save_all_figures", lambda *args: drawn.append(args))
+    arguments = [f"--output-dir={output}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
+    assert run(module, [*arguments, "--sample-only", "--export-samples=0"]) == 0
+    assert len(drawn) == 1
 
 
 def test_sampling_flags_reach_the_sampler(module, output, monkeypatch):

@@ -118,6 +118,18 @@ def test_figures_and_samples_do_not_touch_the_training(
     assert differences(read(undisturbed), read(tmp_path)) == []
 
 
+def test_figures_are_not_forgotten_where_epochs_are_passed_over(module, monkeypatch, tmp_path):
+    drawn, nothing = [], module.Data(*[torch.zeros(1)] * 4)
+    config = module.Settings(epochs=400, figures_every=50)
+    run_of_400 = module.Run(config, nothing, tmp_path, None)
+    run_of_400.stages["diffusion"] = None
+    monkeypatch.setattr(module, "save_all_figures", lambda *args: drawn.append("all"))
+    monkeypatch.setattr(module, "save_samples", lambda *args: drawn.append("samples"))
+    for epoch in (30, 70, 90, 149, 150, 400):
+        run_of_400.draw(epoch)
+    assert drawn == ["samples", "all", "samples", "all", "all"]
+
+
 def test_finished_run_trains_on_with_more_epochs(module, output, tiny_data_dir, tmp_path):
     once = shutil.copytree(output, tmp_path / "interrupted")
     before = read(output)
@@ -150,7 +162,7 @@ def test_epochs_of_a_stage_change_before_the_next_one_only(
     assert steps(tmp_path / "new") == STEPS | {stage: 9}
 
 
-def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_path):
+def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_path, capsys):
     given = {"seed": 7, "guidance_scale": 2.5, "epochs": 2, "width": 24}
     given |= {"autoencoder_epochs": 1, "decoder_epochs": 1, "guide_epochs": 1}
     arguments = flags(module, tmp_path, tiny_data_dir, **given)
@@ -159,7 +171,10 @@ def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_pat
     assert (config["seed"], config["guidance_scale"]) == (7, 2.5)
     # Nor do the values of --quick override what the run began with.
     arguments = [f"--output-dir={tmp_path}", f"--data-dir={tiny_data_dir}", "--device=cpu"]
+    capsys.readouterr()
     assert run(module, ["--quick", *arguments, "--sampler=euler"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "unlike the default" in line]
+    assert "--seed 7" in line and "--width 24" in line and "--sampler" not in line
     assert read(tmp_path)["config"] == config | {"sampler": "euler"}  # which may change
     assert steps(tmp_path) == {"autoencoder": 3, "decoder": 3, "guide": 3, "diffusion": 6}
 

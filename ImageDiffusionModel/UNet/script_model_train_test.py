@@ -104,10 +104,10 @@ def guided(
     high: float,
 ) -> Callable[[Tensor, float], Tensor]:  # fmt: skip
     """Returns f(x, t) = u + w (c - u): c is the denoiser's output for class weights `classes`
-    (B, 11), u the guide's for none. As in classifier-free guidance (Ho & Salimans 2022, Eq. 6), w
-    counts from u: 0 is u, 1 is c. The guide is the same network trained for less, so that its
-    faults are avoided too (after Karras et al. 2024, 2406.02507). For t outside low ... high, where
-    guidance costs most variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
+    (B, 11), u the guide's for none. That is classifier-free guidance (Ho & Salimans 2022, Eq. 6,
+    whose w is one less). The guide is the same network trained for less, so that its faults are
+    avoided too (after Karras et al. 2024, 2406.02507). For t outside low ... high, where guidance
+    costs most variety and is of least use, w is 1 at most (Kynkäänniemi et al. 2024)."""
     null = class_weights(torch.full((len(classes),), NULL_CLASS, device=classes.device))
 
     def guided_output(x: Tensor, t: float) -> Tensor:
@@ -225,7 +225,8 @@ class ConditionedBlock(nn.Module):
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of t (B,) in 0..1000, at `dim` / 2 frequencies down to 1/10000."""
+    """Sines and cosines of t (B,), of the size of 0..1000, at `dim` / 2 frequencies from 1 to
+    nearly 1/10000."""
     steps = torch.arange(dim // 2, device=t.device)
     angles = t[:, None].float() * torch.exp(-math.log(10_000) * steps / (dim // 2))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -468,7 +469,7 @@ class Settings(Config):
     run_dir: str = to_sample("", "with --sample-only: the run's output folder, if another")
     pretrained: bool = to_sample(False, "with --sample-only: the weights that come along")
     class_: str = to_sample("all", "with --sample-only: a PNG of it", choices=("all", *TITLES))
-    num_samples: int = to_sample(16, "with --sample-only: a PNG of this many samples", 1, 10**6)
+    num_samples: int = to_sample(16, "with --sample-only: a PNG of this many samples", 1, 10_000)
     export_samples: int = once_only(0, "write this many samples to samples.npz", 0, 10**6)
     sampling_seed: int = once_only(0, "seed of the samples' noise", 0, 2**31 - 1)
 
@@ -528,6 +529,8 @@ def parse_command_line(argv: list[str] | None) -> dict:
     for pair in (("fresh", "sample_only"), ("pretrained", "quick"), ("pretrained", "run_dir")):
         if given.keys() >= {*pair}:
             refuse(f"{' and '.join(map(flag, pair))} do not go together")
+    if "run_dir" in given and "output_dir" not in given:
+        refuse("--run-dir goes with an --output-dir for the figures")
     if given.get("class_", "all") != "all" and not CONDITIONAL:
         refuse(f"--class: {VERSION} has no classes")
     return given
@@ -570,9 +573,11 @@ def pick_device(name: str) -> torch.device:
     them cannot be used. Raises ExperimentError if the one asked for cannot be used."""
     wanted = name
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = "mps" if torch.backends.mps.is_available() and not dist.is_initialized() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
-    if name == "cuda" and dist.is_initialized():  # each process of a machine has a GPU of its own
+    if dist.is_initialized() and name != "cpu":
+        if name != "cuda" or int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise ExperimentError("several processes need a CUDA GPU each, or --device cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ExperimentError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
@@ -1033,8 +1038,8 @@ class Stage:
     """
 
     def __init__(
-        self, name: str, network: nn.Module, average: AveragedModel, loss: Callable[..., Tensor],
-        images: int, *, epochs: int, batch_size: int, rates: dict[str, float], ema_decay: float,
+        self, name: str, network: nn.Module, average: AveragedModel, loss: Callable, images: int,
+        *, epochs: int, batch_size: int, rates: dict[str, float], ema_decay: float,
     ):  # fmt: skip
         self.name, self.network, self.average, self.loss = name, network, average, loss
         self.batch_size, self.rates = min(batch_size, images), rates
@@ -1078,7 +1083,7 @@ class Stage:
         if state.keys() != self.state().keys():
             raise ExperimentError(f"the checkpoint was written by another release: {START_OVER}")
         for name, part in self.parts.items():
-            load_state(part, state.get(name))
+            load_state(part, state[name])
         self.step, self.loss_sums = state["step"], state["loss_sums"]
         self.seconds = state["seconds"]
         if self.step > self.total_steps:
@@ -1116,9 +1121,10 @@ class Run:
         averaged = {name: average.module for name, average in self.averages.items()}
         self.models = Models(averaged, config, self.history)
         self.stages: dict[str, Stage] = {}  # those that have begun
+        self.drawn = self.models.epoch
 
     def train(
-        self, name: str, loss: Callable[..., Tensor], arrays: tuple[Tensor, ...],
+        self, name: str, loss: Callable, arrays: tuple[Tensor, ...],
         held_out: tuple[Tensor, ...], *, epochs: int, batch_size: int, learning_rate: float,
         muon_learning_rate: float = 0.0, after_epoch: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
@@ -1131,7 +1137,8 @@ class Run:
             learning_rate, muon_learning_rate: AdamW's peak; and Muon's, 0 to do without.
             after_epoch: called with the number of a complete epoch; if None, `Run.draw` is.
 
-        Raises ExperimentError after a signal, or if the loss is not finite.
+        Raises ExperimentError after a signal, if the loss is not finite, or if the checkpoint or
+        the number of processes does not fit.
         """
         network, trained = self.networks[name], loss
         if self.config.compile:
@@ -1160,10 +1167,12 @@ class Run:
         last epoch are drawn when training is over."""
         if "diffusion" not in self.stages or epoch == self.config.epochs:
             return
-        if epoch % self.config.figures_every == 0:
+        every = self.config.figures_every
+        if epoch // every > self.drawn // every:  # on a GPU some epochs are passed over
             save_all_figures(self.models, self.data, self.output)
         else:
             save_samples(self.models, self.output)
+        self.drawn = epoch
 
     def save(self) -> None:
         """Writes a checkpoint, and metrics.csv; process 0 does."""
@@ -1185,7 +1194,8 @@ class Run:
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """Here a signal that ends a run only joins the list, as far as the process heeds it; a second
-    one of its kind acts as it did before. Outside the main thread nothing changes."""
+    one of its kind acts as it did before, but not if torchrun may have passed on what all
+    processes have got already. Outside the main thread nothing changes."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     main = threading.current_thread() is threading.main_thread()
     old = {n: signal.getsignal(n) for n in signal.Signals if main and n.name in names}
@@ -1194,7 +1204,8 @@ def noted_signals() -> Iterator[list[int]]:
 
     def note(number, _):
         noted.append(number)
-        signal.signal(number, old[number])
+        if not dist.is_initialized():
+            signal.signal(number, old[number])
 
     with contextlib.ExitStack() as restored:
         for number, handler in old.items():
@@ -1268,9 +1279,9 @@ def train_steps(run: Run, stage: Stage, arrays: tuple, validate: Callable, draw:
             last = stage.step == stage.total_steps
             asked = world() == 1 or epoch_ends or stage.step % 10 == 0  # for asking costs time
             stop, now = agreed_signal(signals) if asked else 0, time.monotonic()
-            late = now - saved_at > 60 * run.config.checkpoint_minutes
+            late = first and now - saved_at > 60 * run.config.checkpoint_minutes
             saving = stop or late or last or (epoch_ends and (slow or now - saved_at > 60))
-            if saving or epoch_ends or len(pending) == 100:  # seldom, for it waits for the device
+            if saving or epoch_ends or stage.step % 100 == 0:  # seldom: it waits for the device
                 add_losses(run, stage, pending, bar)
             stage.seconds += time.perf_counter() - started
             bar.update(size)
@@ -1287,6 +1298,7 @@ def train_steps(run: Run, stage: Stage, arrays: tuple, validate: Callable, draw:
                     save_page(run.models, run.output)
                 saved_at = time.monotonic()
             if stop:
+                from_first(lambda: None)  # torchrun ends process 0, once saved, with the others
                 where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
                 message = f"{signal.Signals(stop).name} at {where}: saved; run again to resume"
                 raise ExperimentError(message, 128 + stop)
@@ -1501,13 +1513,13 @@ def save_loss_curves(history: list[dict], path: Path) -> None:
 
 def state_pictures(states: Tensor) -> Tensor:
     """States (..., C, H, W) themselves as uint8 pictures (..., 1, 28, 28): an image as it is; of a
-    latent the channels side by side, -3 black and 3 white."""
+    latent the first 16 channels side by side, -3 black and 3 white."""
     if states.shape[-3:] == (1, 28, 28):
         return to_uint8(states)
-    channels = states.flatten(0, -4).transpose(0, 1) / 3  # (C, N, H, W)
+    channels = states.flatten(0, -4).transpose(0, 1)[:16] / 3  # (C, N, H, W)
     columns = math.ceil(len(channels) ** 0.5)
     tiles = make_grid(channels, nrow=columns, padding=0, pad_value=-1)[: channels.shape[1]]
-    scale = max(1, 28 // max(tiles.shape[1:]))
+    scale = 28 // max(tiles.shape[1:])
     tiles = to_uint8(F.interpolate(tiles[:, None], scale_factor=scale))  # nearest
     return center_crop(tiles, [28, 28]).unflatten(0, states.shape[:-3])  # the rest is black
 
@@ -1687,7 +1699,8 @@ def save_requested_samples(models: Models, output: Path) -> None:
     if config.class_ != "all":
         labels.fill_(TITLES.index(config.class_))
         name = f"samples_{re.sub('[/ ]', '-', config.class_)}"
-    images, columns = generate_samples(models, labels), min(8, len(labels))
+    images = generate_samples(models, labels)
+    columns = min(max(8, math.isqrt(len(labels))), len(labels))
     images = F.pad(images, (*[0] * 7, -len(images) % columns), value=96).unflatten(0, (-1, columns))
     path, title = output / "samples" / f"{name}.png", f"{name}, seed {config.sampling_seed}"
     save_grid(path, images, [], [], title, write=write_atomically)  # asked for: a failure is one
@@ -1828,7 +1841,7 @@ def save_page(models: Models, output: Path) -> None:
     places = {"--output-dir": str(output), "--data-dir": config.data_dir, "--device": config.device}
     given = [part for pair in places.items() if pair[1] not in ("", "auto") for part in pair]
     run = shlex.join(["python", Path(__file__).name, *given])
-    last = [*models.networks][-1]  # the stage that can still be trained on
+    last = history[-1]["stage"] if models.epoch else "diffusion"  # can still be trained on
     epochs = "epochs" if last == "diffusion" else f"{last}_epochs"
     commands = f"{run}\n{run} --sample-only --num-samples 16\n"
     commands += f"{run} {flag(epochs)} {2 * getattr(config, epochs)}"
@@ -1866,7 +1879,7 @@ def main(argv: list[str] | None = None) -> None:
             models = run_training(given, output)
         else:
             models = load_trained(Path(source).expanduser(), **given)
-            if not given.keys() & {"class_", "num_samples", "export_samples"}:
+            if not (given.keys() & {"class_", "num_samples"} or given.get("export_samples")):
                 data = load_fashion_mnist(models.config, models.device)
                 save_all_figures(models, data, output)
         if rank() == 0 and given.keys() & {"class_", "num_samples"}:
@@ -1880,11 +1893,16 @@ def run_training(given: dict, output: Path) -> Models:
     fresh, folder = "fresh" in given, output / "checkpoints"
     checkpoint = None if fresh else from_first(lambda: find_checkpoint(folder))
     device = pick_device(given.get("device", "auto"))
-    config = settle(default_settings(device, "quick" in given), given, checkpoint)
+    usual, stored = default_settings(device, "quick" in given), (checkpoint or {}).get("config", {})
+    config = settle(usual, given, checkpoint)
+    kept = {name: stored[name] for name in stored.keys() - given if stored[name] != usual[name]}
     state, count = "resumed" if checkpoint else "fresh", f", {world()} processes"
     where = f"{device}{count if world() > 1 else ''}, torch {torch.__version__}"
     print(f"{VERSION} on {where}, {state}; output: {output}")
     print("training what is left, then drawing the figures")
+    if kept:
+        kept = ", ".join(f"{flag(name)} {value}" for name, value in sorted(kept.items()))
+        print(f"as in the checkpoint, unlike the default here: {kept}")
     if config.quick:
         print("--quick: its pictures are noise and only show that the installation works")
     data = load_fashion_mnist(config, device)
