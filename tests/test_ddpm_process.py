@@ -234,6 +234,8 @@ def test_guidance_is_confined_to_its_interval_and_the_guide_asked_there_alone(cn
         assert found == [1, 3, 3, 1] and asked == [[200] * 3, [700] * 3]
         script.guided_noise(models.with_settings(guidance_scale=1.0), x, 500)
         assert len(asked) == 2
+        weak = models.with_settings(guidance_scale=0.5)
+        assert [script.guided_noise(weak, x, t)[0, 0, 0, 0] for t in (199, 200, 701)] == [0.5] * 3
         asked.clear()
         list(script.sample(models, x, None, 10))
         assert [times[0] for times in asked] == [700, 600, 500, 400, 300, 200]

@@ -129,20 +129,37 @@ def test_the_gpu_with_a_number_is_the_one_that_is_meant(name, chosen, monkeypatc
     assert current == chosen
 
 
+@pytest.fixture
+def one_of_two_processes(monkeypatch):
+    """A function: v3's script in one of two processes on a machine with so many GPUs."""
+
+    def one_of_two_processes(number, gpus):
+        script = load_script(SCRIPT_V3)
+        monkeypatch.setattr(script, "world", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        return script
+
+    return one_of_two_processes
+
+
 @pytest.mark.parametrize(("name", "gpus"), [("cuda", 1), ("cuda:0", 2), ("mps", 0), ("auto", 1)])
-def test_processes_that_lack_a_gpu_each_are_all_told_so(name, gpus, monkeypatch):
-    script = load_script(SCRIPT_V3)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for number in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", number)
+def test_processes_that_lack_a_gpu_each_are_all_told_so(one_of_two_processes, name, gpus):
+    for number in range(2):
+        script = one_of_two_processes(number, gpus)
         with pytest.raises(script.ExperimentError, match="several processes need a CUDA GPU each"):
             script.pick_device(name)
+
+
+def test_each_process_has_a_gpu_of_its_own_or_all_have_the_cpu(one_of_two_processes, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert script.pick_device("auto").type == "cpu"  # gloo does not know Apple's
+    assert one_of_two_processes(1, gpus=0).pick_device("auto").type == "cpu"  # gloo has no MPS
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name in ("auto", "cuda"):
+        assert str(one_of_two_processes(1, gpus=2).pick_device(name)) == "cuda:1"
 
 
 class Recorder(TorchDispatchMode):

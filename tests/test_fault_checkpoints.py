@@ -302,6 +302,16 @@ def test_too_little_memory_for_a_checkpoint_is_no_damage(
     assert files_below(output) == files_below(undisturbed)
 
 
+def test_too_little_memory_for_an_optimizer_is_no_misfit(
+    module, tiny_data_dir, output, monkeypatch
+):
+    def load_state_dict(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", load_state_dict)
+    assert "out of memory" in refusal(module, flags(module, output, tiny_data_dir), status=1)
+
+
 def test_damaged_previous_checkpoint_is_no_matter(module, whole, tiny_data_dir, output):
     (output / "checkpoints" / "previous.pt").write_bytes(b"garbage")
     assert run(module, flags(module, output, tiny_data_dir, epochs=4)) == 0

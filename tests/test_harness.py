@@ -293,7 +293,7 @@ def test_loading_trained_networks_makes_no_optimizer(experiment, undisturbed, mo
 # Settings
 
 
-def test_a_plan_is_made_of_the_settings_that_bear_the_stages_name(module):
+def test_a_plan_is_made_of_the_settings_with_bear_the_stages_name(module):
     settings = {"epochs": 7, "batch_size": 2, "guide_epochs": 3, "guide_muon_learning_rate": 0.1}
     config = types.SimpleNamespace(**settings)
     assert module.plan(config) == {"epochs": 7, "batch_size": 2}
@@ -302,7 +302,7 @@ def test_a_plan_is_made_of_the_settings_that_bear_the_stages_name(module):
 
 def test_a_setting_is_the_flag_or_the_checkpoints_or_the_default(module):
     defaults = module.default_settings(CPU)
-    stored = {name: defaults[name] for name in module.settings_that("match", "keep")}
+    stored = {name: defaults[name] for name in module.settings_with("match", "keep")}
     checkpoint = {"config": stored | {"epochs": 7, "rank": 24, "noise": "first"}}
     settled = module.settle(defaults, {"noise": "fresh", "rank": 24}, checkpoint)
     assert (settled.epochs, settled.rank, settled.noise) == (7, 24, "fresh")
@@ -310,7 +310,7 @@ def test_a_setting_is_the_flag_or_the_checkpoints_or_the_default(module):
     local = {"output_dir", "data_dir", "device", "compile", "sampling_seed"}
     local |= {"fresh", "quick", "sample_only", "export_samples"}
     to_sample = {"run_dir", "pretrained", "class_", "num_samples"}
-    assert (module.settings_that("local"), module.settings_that("sample")) == (local, to_sample)
+    assert (module.settings_with("local"), module.settings_with("sample")) == (local, to_sample)
     assert local | to_sample == defaults.keys() - stored.keys()
     with pytest.raises(module.ExperimentError) as raised:
         module.settle(defaults, {"rank": 8, "seed": 5, "epochs": 9}, checkpoint)

@@ -34,6 +34,11 @@ def slow_step(*args):
     time.sleep(0.1)
     return real_step(*args)
 script.train_step = slow_step
+real_save = script.save_checkpoint
+def slow_save(*args):
+    time.sleep(1)
+    return real_save(*args)
+script.save_checkpoint = slow_save
 """
 POISON = """
 real_step = script.train_step
@@ -150,16 +155,19 @@ def undisturbed_by(tiny_data_dir, tmp_path_factory):
 
 
 @on_v3
-@pytest.mark.parametrize("counts", [(2, 0), (0, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("counts", "all_get_it"), [((2, 0), False), ((0, 2), False), ((2, 2), True)]
+)
 def test_a_stopped_run_goes_on_with_another_number_of_processes(
-    experiment, undisturbed_by, tiny_data_dir, tmp_path, counts
+    experiment, undisturbed_by, tiny_data_dir, tmp_path, counts, all_get_it
 ):
     output = tmp_path / "output"
     arguments = flags(load_script(experiment.path), output, tiny_data_dir, epochs=6)
     run = Launched(tmp_path, experiment, arguments, counts[0], SLOWLY)
     run.wait_for("diffusion: epoch 1 of 6")
-    # torchrun passes on what its processes have got already
-    for number in [*(run.workers()[::-1] if counts[0] else []), run.process.pid]:
+    # a signal to one process ends all; and torchrun passes on what its processes have got already
+    everyone = [run.process.pid, *(run.workers() if counts[0] else [])]
+    for number in everyone[::-1] if all_get_it else everyone[-1:]:
         os.kill(number, signal.SIGTERM)
     status, out, err = run.end()
     assert status != 0, out + err

@@ -121,12 +121,15 @@ def test_figures_and_samples_do_not_touch_the_training(
 def test_figures_are_not_forgotten_where_epochs_are_passed_over(module, monkeypatch, tmp_path):
     drawn, nothing = [], module.Data(*[torch.zeros(1)] * 4)
     config = module.Settings(epochs=400, figures_every=50)
-    run_of_400 = module.Run(config, nothing, tmp_path, None)
-    run_of_400.stages["diffusion"] = None
     monkeypatch.setattr(module, "save_all_figures", lambda *args: drawn.append("all"))
     monkeypatch.setattr(module, "save_samples", lambda *args: drawn.append("samples"))
-    for epoch in (30, 70, 90, 149, 150, 400):
-        run_of_400.draw(epoch)
+    for epochs in ((30, 70, 90, 149), (150, 400)):  # a run, and the same resumed
+        run_of_400 = module.Run(config, nothing, tmp_path, None)
+        run_of_400.stages["diffusion"] = None
+        for epoch in epochs:
+            run_of_400.draw(epoch)
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        (tmp_path / "samples" / f"samples_epoch_{epoch}.png").touch()
     assert drawn == ["samples", "all", "samples", "all", "all"]
 
 

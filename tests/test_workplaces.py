@@ -184,8 +184,8 @@ def test_too_little_memory_is_one_line_and_other_errors_are_not_hidden(module):
                     module.exit_status(partial(fail, error))
             else:
                 assert module.exit_status(partial(fail, error)) == 1
-                line = "error: out of memory: smaller batches or widths need less\n"
-                assert err.getvalue() == line
+                assert err.getvalue().startswith("error: out of memory: end other programs; ")
+                assert err.getvalue().count("\n") == 1
 
 
 def test_compile_without_a_compiler_is_one_line(experiment, module, tiny_data_dir, tmp_path):

@@ -36,7 +36,8 @@ CONDITIONAL = False
 def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=None, choices=(),
            resume="match"):  # fmt: skip
     """A setting: its value on a CPU, on a GPU and with --quick (None: as on a CPU), its limits, and
-    what a resumed run does: `match` the checkpoint, `keep` its value by default, or ask anew."""
+    what a resumed run does: `match` the checkpoint, `keep` its value by default, or ask anew
+    (`local`; or `sample`, which goes with --sample-only)."""
     return dataclasses.field(default=cpu, metadata=dict(locals()))
 
 
@@ -670,7 +671,7 @@ def parse_command_line(argv: list[str] | None) -> dict:
         parser.add_argument(flag(field.name), dest=field.name, **how)
     given = vars(parser.parse_args(argv))
     Settings(**given)  # checks each
-    for name in sorted(settings_that("sample") & given.keys()):
+    for name in sorted(settings_with("sample") & given.keys()):
         if "sample_only" not in given:
             refuse(f"{flag(name)} goes with --sample-only")
     for pair in (("fresh", "sample_only"), ("pretrained", "quick"), ("pretrained", "run_dir")):
@@ -693,7 +694,7 @@ def default_settings(device: torch.device, quick: bool = False) -> dict:
     return settings
 
 
-def settings_that(*resume: str) -> set[str]:
+def settings_with(*resume: str) -> set[str]:
     """Names of the settings whose `resume` is one of those given."""
     fields = dataclasses.fields(Settings)
     return {field.name for field in fields if field.metadata["resume"] in resume}
@@ -703,7 +704,7 @@ def settle(defaults: dict, given: dict, checkpoint: dict | None) -> Settings:
     """The settings of this run: the flags `given`, else the checkpoint's values, else the defaults.
     Raises ExperimentError that names the settings in which the flags contradict the checkpoint."""
     stored = checkpoint["config"] if checkpoint else {}
-    names = settings_that("match") & stored.keys()
+    names = settings_with("match") & stored.keys()
     names = [name for name in given if name in names and given[name] != stored[name]]
     clashes = [f"{name} is {stored[name]!r} there and {given[name]!r} here" for name in names]
     if clashes:
@@ -720,19 +721,19 @@ def pick_device(name: str) -> torch.device:
     them cannot be used. Raises ExperimentError if the one asked for cannot be used."""
     wanted = name
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() and not dist.is_initialized() else "cpu"
+        mps = "mps" if torch.backends.mps.is_available() and world() == 1 else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
-    if dist.is_initialized() and name != "cpu":
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ExperimentError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
+    if world() > 1 and name != "cpu":
         if name != "cuda" or int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise ExperimentError("several processes need a CUDA GPU each, or --device cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ExperimentError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
     try:
         torch.ones(8, 8, device=name).mm(torch.ones(8, 8, device=name)).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f"cannot use device {name!r}: {str(error).splitlines()[0][:150]}"
-        if wanted != "auto" or dist.is_initialized():
+        if wanted != "auto" or world() > 1:
             raise ExperimentError(reason) from None
         print(f"warning: {reason}; going on with the CPU")
         name = "cpu"
@@ -1023,7 +1024,7 @@ def save_checkpoint(content: dict, folder: Path) -> None:
 
 def read_checkpoint(path: Path) -> dict:
     """Reads a file to the CPU, executing nothing. Raises ValueError if it is damaged in any way,
-    and what torch raises if there is no memory for it."""
+    and what fits NO_MEMORY if there is too little of it."""
     file = io.BytesIO(path.read_bytes())
     try:
         with zipfile.ZipFile(file) as archive:  # torch.load skips the CRCs
@@ -1066,7 +1067,7 @@ def find_checkpoint(folder: Path) -> dict | None:
         raise ExperimentError(f"{path} belongs to {content['version']}: {START_OVER}")
     fits = content["format"] == CHECKPOINT["format"]
     fits = fits and content.keys() == {*CHECKPOINT, "config", "stages", "history"}
-    if not fits or {*content["config"]} != settings_that("match", "keep"):
+    if not fits or {*content["config"]} != settings_with("match", "keep"):
         raise ExperimentError(f"{path} was written by another release: {START_OVER}")
     return content
 
@@ -1076,6 +1077,8 @@ def load_state(part, state: dict | None) -> None:
     try:
         part.load_state_dict(state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if re.search(NO_MEMORY, repr(error)):
+            raise
         raise ExperimentError(f"the checkpoint does not fit, {error!r:.99}: {START_OVER}") from None
 
 
@@ -1268,7 +1271,8 @@ class Run:
         averaged = {name: average.module for name, average in self.averages.items()}
         self.models = Models(averaged, config, self.history)
         self.stages: dict[str, Stage] = {}  # those that have begun
-        self.drawn = self.models.epoch
+        sheets = output.glob("samples/samples_epoch_*.png")
+        self.drawn = max((int(path.stem.rpartition("_")[2]) for path in sheets), default=0)
 
     def train(
         self, name: str, loss: Callable, arrays: tuple[Tensor, ...],
@@ -1325,7 +1329,7 @@ class Run:
         """Writes a checkpoint, and metrics.csv; process 0 does."""
         if rank() > 0:
             return
-        config = {name: getattr(self.config, name) for name in settings_that("match", "keep")}
+        config = {name: getattr(self.config, name) for name in settings_with("match", "keep")}
         stages = {name: stage.state() for name, stage in self.stages.items()}
         content = CHECKPOINT | {"config": config, "stages": stages, "history": self.history}
         save_checkpoint(content, self.output / "checkpoints")
@@ -1341,8 +1345,8 @@ class Run:
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """Here a signal that ends a run only joins the list, as far as the process heeds it; a second
-    one of its kind acts as it did before, but not if torchrun may have passed on what all
-    processes have got already. Outside the main thread nothing changes."""
+    one of its kind acts as it did before (but not with torchrun, which sends its own signal on to
+    those that may have it already). Outside the main thread nothing changes."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     main = threading.current_thread() is threading.main_thread()
     old = {n: signal.getsignal(n) for n in signal.Signals if main and n.name in names}
@@ -1445,7 +1449,9 @@ def train_steps(run: Run, stage: Stage, arrays: tuple, validate: Callable, draw:
                     save_page(run.models, run.output)
                 saved_at = time.monotonic()
             if stop:
-                from_first(lambda: None)  # torchrun ends process 0, once saved, with the others
+                from_first(
+                    lambda: None
+                )  # once one has ended, torchrun ends process 0 too: save first
                 where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
                 message = f"{signal.Signals(stop).name} at {where}: saved; run again to resume"
                 raise ExperimentError(message, 128 + stop)
@@ -1988,10 +1994,12 @@ def save_page(models: Models, output: Path) -> None:
     places = {"--output-dir": str(output), "--data-dir": config.data_dir, "--device": config.device}
     given = [part for pair in places.items() if pair[1] not in ("", "auto") for part in pair]
     run = shlex.join(["python", Path(__file__).name, *given])
-    last = history[-1]["stage"] if models.epoch else "diffusion"  # can still be trained on
+    done = [row["stage"] for row in history]
+    to_come = [name for name in models.networks if name not in done]
+    last = [*done, *to_come][-1] if models.epoch else "diffusion"  # what can still be trained on
     epochs = "epochs" if last == "diffusion" else f"{last}_epochs"
     commands = f"{run}\n{run} --sample-only --num-samples 16\n"
-    commands += f"{run} {flag(epochs)} {2 * getattr(config, epochs)}"
+    commands += f"{run} {flag(epochs)} {2 * max(getattr(config, epochs), done.count(last))}"
     if not (output / "checkpoints").is_dir():  # of a run or of weights elsewhere
         commands = f"{shlex.join(['python', *sys.argv])} --num-samples 16"
     data = {"sheets": json.dumps(sheets), "colours": json.dumps(CLASS_COLOURS), "paths": paths}
@@ -2008,7 +2016,7 @@ def save_page(models: Models, output: Path) -> None:
 # --- main -----------------------------------------------------------------------------------------
 
 FAULTS = {  # by what the kind of an error and its message say
-    NO_MEMORY: "out of memory: smaller batches or widths need less",
+    NO_MEMORY: "out of memory: end other programs; a new run may have smaller batches or widths",
     r"^torch\._(dynamo|inductor)": "--compile needs a C++ compiler on a CPU, Triton on a GPU",
     "gloo|Dist[A-Za-z]*Error": "another process has ended; see its message",
 }
