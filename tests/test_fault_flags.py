@@ -45,10 +45,10 @@ def parse(experiment):
 
 
 def numbers_of(module):
-    """Name, type, limits and divisor of each number that a command line may hold."""
+    """Name, type, limits and divisor of each number that has limits."""
     for field in dataclasses.fields(module.Settings):
-        if type(field.default) in (int, float):
-            rules = field.metadata
+        rules = field.metadata
+        if rules["low"] is not None:
             limits = rules["low"], rules["high"], rules["multiple"]
             yield field.name, type(field.default), *limits
 

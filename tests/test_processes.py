@@ -35,9 +35,9 @@ def slow_step(*args):
     return real_step(*args)
 script.train_step = slow_step
 real_save = script.save_checkpoint
-def slow_save(*args):
-    time.sleep(1)
-    return real_save(*args)
+def slow_save(content, folder):
+    time.sleep("diffusion" in content["stages"])
+    return real_save(content, folder)
 script.save_checkpoint = slow_save
 """
 POISON = """
