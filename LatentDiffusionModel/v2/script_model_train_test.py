@@ -1455,9 +1455,6 @@ def train_steps(run: Run, stage: Stage, arrays: tuple, validate: Callable, draw:
                     save_page(run.models, run.output)
                 saved_at = time.monotonic()
             if stop:
-                from_first(
-                    lambda: None
-                )  # once one has ended, torchrun ends process 0 too: save first
                 where = f"{stage.name}, step {stage.step} of {stage.total_steps}"
                 message = f"{signal.Signals(stop).name} at {where}: saved; run again to resume"
                 raise ExperimentError(message, 128 + stop)
