@@ -129,7 +129,8 @@ def test_figures_are_not_forgotten_where_epochs_are_passed_over(module, monkeypa
         for epoch in epochs:
             run_of_400.draw(epoch)
         (tmp_path / "samples").mkdir(exist_ok=True)
-        (tmp_path / "samples" / f"samples_epoch_{epoch}.png").touch()
+        for name in (epoch, f"{epoch + 50} copy"):
+            (tmp_path / "samples" / f"samples_epoch_{name}.png").touch()
     assert drawn == ["samples", "all", "samples", "all", "all"]
 
 

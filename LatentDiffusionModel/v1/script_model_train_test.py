@@ -1271,8 +1271,8 @@ class Run:
         averaged = {name: average.module for name, average in self.averages.items()}
         self.models = Models(averaged, config, self.history)
         self.stages: dict[str, Stage] = {}  # those that have begun
-        sheets = output.glob("samples/samples_epoch_*.png")
-        self.drawn = max((int(path.stem.rpartition("_")[2]) for path in sheets), default=0)
+        drawn = [p.stem.rpartition("_")[2] for p in output.glob("samples/samples_epoch_*.png")]
+        self.drawn = max((int(epoch) for epoch in drawn if epoch.isdecimal()), default=0)
 
     def train(
         self, name: str, loss: Callable, arrays: tuple[Tensor, ...],
