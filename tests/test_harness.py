@@ -293,7 +293,7 @@ def test_loading_trained_networks_makes_no_optimizer(experiment, undisturbed, mo
 # Settings
 
 
-def test_a_plan_is_made_of_the_settings_with_bear_the_stages_name(module):
+def test_a_plan_is_made_of_the_settings_that_bear_the_stages_name(module):
     settings = {"epochs": 7, "batch_size": 2, "guide_epochs": 3, "guide_muon_learning_rate": 0.1}
     config = types.SimpleNamespace(**settings)
     assert module.plan(config) == {"epochs": 7, "batch_size": 2}

@@ -509,7 +509,7 @@ def save_own_figures(models: Models, data: Data, output: Path) -> None:
     save_latent_space(models, data, output)
     save_noise_interpolation(models, output)
     save_class_interpolation(models, output)
-    save_guidance(models.with_settings(student_steps=0), output)
+    save_guidance(models.with_settings(student_steps=0), output)  # a student's guidance is fixed
     if has_student(models):
         save_few_steps(models, output)
     save_nearest_neighbours(models, data, output)
