@@ -22,7 +22,7 @@ from sync_shared import REPOSITORY, find_scripts, load_script, version_of
 SCRIPT_V3 = REPOSITORY / "LatentDiffusionModel" / "v3" / "script_model_train_test.py"
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker"]
 CLASSES += ["Bag", "Ankle boot"]
-STEPS = {"autoencoder": 6, "decoder": 6, "guide": 6, "diffusion": 9}  # of the stages of a tiny run
+STEPS = {"autoencoder": 6, "guide": 6, "diffusion": 9, "decoder": 6}  # of the stages of a tiny run
 OWN_FIGURES = {  # that neither the family nor conditions imply
     "ImageDiffusionModel/CNN": ["samplers"],
     "ImageDiffusionModel/UNet": ["nearest_neighbours"],

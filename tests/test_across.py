@@ -218,7 +218,7 @@ def test_training_exports_samples_of_each_epoch_and_is_not_changed_by_it(
     tiny_flags, tmp_path, undisturbed_run
 ):
     status, files = across.train(SCRIPT_V3, tiny_flags, tmp_path, 100)
-    assert status == 0 and list(files) == [1, 2, 3]
+    assert status == 0 and [*files] == [1, 2, 3, "decoder"]
     undisturbed = undisturbed_run(SCRIPT_V3)
     run = script_runs.read(tmp_path)
     assert script_runs.differences(script_runs.read(undisturbed), run) == []
@@ -226,8 +226,9 @@ def test_training_exports_samples_of_each_epoch_and_is_not_changed_by_it(
     script = load_script(SCRIPT_V3)
     labels = torch.arange(100) % 10
     last = script.generate_samples(script.load_trained(undisturbed, "cpu"), labels)
-    assert torch.equal(samples[3][0], last[:, 0]) and torch.equal(samples[3][1], labels)
-    assert not torch.equal(samples[2][0], samples[3][0])
+    end = samples["decoder"]
+    assert torch.equal(end[0], last[:, 0]) and torch.equal(end[1], labels)
+    assert not any(torch.equal(samples[n][0], end[0]) for n in (2, 3))
 
     written = files[2].stat().st_mtime_ns
     assert across.train(SCRIPT_V3, tiny_flags, tmp_path, 100) == (0, files)  # nothing to train
@@ -244,21 +245,21 @@ def test_a_training_that_was_cut_off_goes_on_without_samples_of_older_runs(
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an older run")
     module = script_runs.load_without_figures(SCRIPT_V3)
-    script_runs.interrupt_at_step(monkeypatch, module, 18 + 4)  # in the diffusion's second epoch
+    script_runs.interrupt_at_step(monkeypatch, module, 12 + 4)  # in the diffusion's second epoch
     with monkeypatch.context() as patch:
         patch.setattr(across.speed, "load_script", lambda path: module)
         status, files = across.train(SCRIPT_V3, tiny_flags, tmp_path, 100)
     assert status == 130 and "run again to resume" in capsys.readouterr().err
     assert files[1].is_file() and not stale.exists()
     status, files = across.train(SCRIPT_V3, tiny_flags, tmp_path, 100)
-    assert status == 0 and [*across.read_epochs(files)] == [1, 2, 3]
+    assert status == 0 and [*across.read_epochs(files)] == [1, 2, 3, "decoder"]
 
 
 def test_long_trainings_show_some_epochs(tiny_flags, tmp_path, monkeypatch):
     monkeypatch.setattr(across, "MOST_EPOCHS", 2)
     status, files = across.train(SCRIPT_V3, [*tiny_flags, "--epochs=5"], tmp_path, 100)
-    assert status == 0 and [*files] == [2, 5]
-    assert len(across.read_epochs(files)) == 2
+    assert status == 0 and [*files] == [2, 5, "decoder"]
+    assert len(across.read_epochs(files)) == 3
     np.savez(files[2], np.zeros((200, 28, 28, 1), np.uint8))
     with pytest.raises(ValueError, match="unequal numbers"):
         across.read_epochs(files)
@@ -329,8 +330,9 @@ def test_command_trains_scores_and_draws(
     own = ["--samples=100", f"--figures={tmp_path}", f"--output-dir={version}={folder}"]
     across.main(["learning", version, *own, *flags])
     [(name, samples, rows, floor, real)] = drawn
-    assert name == version and floor == "floor" and rows == {1: 100, 2: 100, 3: 100}
-    assert [*samples] == [1, 2, 3] and (folder / "checkpoints" / "last.pt").is_file()
+    names = [1, 2, 3, *["decoder"] * (version == V3)]
+    assert name == version and floor == "floor" and rows == dict.fromkeys(names, 100)
+    assert [*samples] == names and (folder / "checkpoints" / "last.pt").is_file()
     assert [*real] == ([*across.PICTURED] if version == V3 else [])
     for sample in real:
         assert torch.equal(real[sample], across.read_real(scored_data_dir, sample))

@@ -58,10 +58,13 @@ def test_samples_and_trajectories_keep_to_the_models_device(module, monkeypatch)
 def test_losses_keep_to_the_models_device(module, stages):
     for name, stage in stages.items():
         network, loss = copy.deepcopy(stage.network).to(META), stage.loss
-        if name == "student":
-            teacher = loss.keywords["teacher"]
-            networks = {k: copy.deepcopy(v).to(META) for k, v in teacher.networks.items()}
-            loss = partial(loss, teacher=module.Models(networks, teacher.config, []))
+        for key in {"teacher", "models"} & getattr(loss, "keywords", {}).keys():
+            models = loss.keywords[key]
+            networks = {k: copy.deepcopy(v).to(META) for k, v in models.networks.items()}
+            loss = partial(loss, **{key: module.Models(networks, models.config, [])})
+        if name == "decoder":
+            pool = loss.keywords["pool"]().to(META)
+            loss = partial(loss, pool=lambda pool=pool: pool)
         batch = [module.to_float(array[:16]).to(META) for array in stage.arrays]
         losses = module.loss_parts(loss(network, *batch, module.Rng(0, META, source=CPU)))
         assert {loss.device for loss in losses.values()} == {META}

@@ -51,7 +51,7 @@ def data(tiny_data_dir, tmp_path):
 # Signals
 
 
-# Epochs have three steps; steps 1 to 6 are the autoencoder's, 7 to 12 the decoder's. Ctrl-C comes
+# Epochs have three steps; steps 1 to 6 are the autoencoder's, 7 to 12 the guide's. Ctrl-C comes
 # at every kind of step in test_every_script.py.
 @pytest.mark.parametrize(
     ("number", "step"), [(signal.SIGTERM, 8), (signal.SIGHUP, 5), (signal.SIGUSR1, 14)]

@@ -57,8 +57,8 @@ def test_every_version_can_be_measured(experiment, quick_flags, tmp_path):
     for stage in stages:
         assert len(stage.seconds["step"]) == len(stage.seconds["bare"]) == 2
         assert stage.epochs and stage.steps_per_epoch == len(stage.arrays[0]) // stage.batch_size
-        assert ("peer" in stage.seconds) == (stage is stages[-1])
-    assert len(turns) == speed.WARM_UP + 2 and {name for name, _ in turns} == {stages[-1].name}
+        assert ("peer" in stage.seconds) == (stage.name == "diffusion")
+    assert len(turns) == speed.WARM_UP + 2 and {name for name, _ in turns} == {"diffusion"}
     assert turns[0][1].shape[1:] == (1, 28, 28) and turns[0][1].dtype == torch.uint8
 
     speed.make_untrained(path, quick_flags, tmp_path)
@@ -86,8 +86,8 @@ def test_the_step_holds_the_work_of_the_loop_and_the_bare_step_does_not(quick_fl
     monkeypatch.setattr(speed, "load_script", lambda path: script)
     stages = speed.measure_training(SCRIPT_V3, quick_flags, 2, lambda *_: slow_peer)
     assert all(min(stage.seconds["step"]) >= 0.2 > min(stage.seconds["bare"]) for stage in stages)
-    last = stages[-1].seconds
-    assert min(last["step"]) < 0.2 + 0.3 <= 0.2 + min(last["peer"])  # nor that of the peers
+    [seconds] = [stage.seconds for stage in stages if stage.name == "diffusion"]
+    assert min(seconds["step"]) < 0.2 + 0.3 <= 0.2 + min(seconds["peer"])  # nor that of the peers
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -371,7 +371,7 @@ def test_a_result_gets_a_row_and_keeps_it(board, capsys, monkeypatch):
     row = rows[V3]
     with (board.output / "metrics.csv").open() as file:
         seconds = [float(each["seconds"]) for each in csv.DictReader(file)]
-    assert row["epochs"] == {"autoencoder": 1, "decoder": 1, "guide": 1, "diffusion": 1}
+    assert row["epochs"] == {"autoencoder": 1, "guide": 1, "diffusion": 1, "decoder": 1}
     assert row["training_seconds"] == pytest.approx(sum(seconds))
     assert row["sampler"] == "Heun, 6 steps, guidance 2.75 from t = 750 to 200"
     assert row["evaluations"] == 18
@@ -501,9 +501,9 @@ def stage(name, epochs, step, steps=100):
 
 
 # Of a latent version; and the names of its settings of epochs.
-FIELDS = ["autoencoder_epochs", "decoder_epochs", "guide_epochs", "epochs"]
-STAGES = [stage("autoencoder", 2, 0.9), stage("decoder", 1, 1.2), stage("guide", 1, 0.6)]
-STAGES += [stage("diffusion", 8, 0.6)]
+FIELDS = ["autoencoder_epochs", "guide_epochs", "epochs", "decoder_epochs"]
+STAGES = [stage("autoencoder", 2, 0.9), stage("guide", 1, 0.6), stage("diffusion", 8, 0.6)]
+STAGES += [stage("decoder", 1, 1.2)]
 
 
 @pytest.mark.parametrize("budget", [5, 60, 300, 600, 3600, 20_000])
@@ -521,7 +521,7 @@ def test_a_plan_fits_its_budget(budget, script_v3):
         assert epochs["epochs"] / epochs["decoder_epochs"] == pytest.approx(8, rel=0.05)
     # Each stage's place is that of its setting.
     assert speed.epoch_fields(script_v3.Settings) == FIELDS
-    assert [f"{each.name}_epochs" for each in STAGES[:-1]] == FIELDS[:-1]
+    assert [f"{each.name}_epochs".removeprefix("diffusion_") for each in STAGES] == FIELDS
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def contents(snapshots):
 
 def test_a_finished_training_is_kept_an_epoch_at_a_time_and_not_drawn(fake_script, tmp_path):
     flags, started = ["--epochs", "3", "--seconds", "2"], time.monotonic()
-    snapshots = time_to_quality.train_version(fake_script, flags, "diffusion", 3, 50, tmp_path)
+    snapshots = time_to_quality.train_version(fake_script, flags, ["diffusion"], 3, 50, tmp_path)
     assert time.monotonic() - started < 30
     assert contents(snapshots) == ["1", "2", "3"] and [done for *_, done in snapshots] == [1, 2, 3]
     seconds = [each for _, each, _ in snapshots]
@@ -585,7 +585,9 @@ def test_a_finished_training_is_kept_an_epoch_at_a_time_and_not_drawn(fake_scrip
 
 def test_a_training_is_cut_off_at_the_end_of_the_budget(fake_script, tmp_path):
     flags, budget, started = ["--epochs", "2", "--seconds", "3"], 6, time.monotonic()
-    snapshots = time_to_quality.train_version(fake_script, flags, "diffusion", 2, budget, tmp_path)
+    snapshots = time_to_quality.train_version(
+        fake_script, flags, ["diffusion"], 2, budget, tmp_path
+    )
     assert time.monotonic() - started < budget + 2
     assert contents(snapshots) == ["1", "cut off in 1"]
     assert snapshots[0][1] <= snapshots[1][1] <= budget
@@ -593,7 +595,9 @@ def test_a_training_is_cut_off_at_the_end_of_the_budget(fake_script, tmp_path):
 
 def test_a_script_that_fails_is_not_passed_over(fake_script, tmp_path):
     with pytest.raises(RuntimeError, match="status 1: error: no epochs"):
-        time_to_quality.train_version(fake_script, ["--epochs", "0"], "diffusion", 3, 20, tmp_path)
+        time_to_quality.train_version(
+            fake_script, ["--epochs", "0"], ["diffusion"], 3, 20, tmp_path
+        )
 
 
 def test_a_peer_spends_its_budget_and_no_more(monkeypatch):
@@ -654,7 +658,7 @@ def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
 
     def train_version(path, flags, stage, epochs, budget, folder):
         calls.append((flags[len(quick_flags) :], stage, epochs, budget))
-        snapshots = [(folder / f"snapshot_{k}", 4.2 * k, k) for k in range(11)]
+        snapshots = [(folder / f"snapshot_{k}", 4.2 * k, min(k, 6)) for k in range(11)]
         for snapshot, *_ in snapshots:
             snapshot.mkdir()
         (folder / "output").mkdir()
@@ -672,14 +676,14 @@ def test_a_version_is_planned_and_sampled(quick_flags, tmp_path, monkeypatch):
 
     epochs, share = time_to_quality.plan_training(STAGES, FIELDS, 600)
     images = round(55_000 * share)
-    [(plan, name, last, budget)] = calls
+    [(plan, names, last, budget)] = calls
     assert plan == [*speed.epoch_flags(epochs), "--train-images", str(images)]
-    names = ["--autoencoder-epochs", "--decoder-epochs", "--guide-epochs", "--epochs"]
-    assert plan[::2] == [*names, "--train-images"]
-    assert (name, last, budget) == ("diffusion", epochs["epochs"], 600)
+    given = ["--autoencoder-epochs", "--guide-epochs", "--epochs", "--decoder-epochs"]
+    assert plan[::2] == [*given, "--train-images"]
+    assert (names, budget) == (["diffusion", "decoder"], 600)
+    assert last == epochs["epochs"] + epochs["decoder_epochs"]
     assert point.minutes == 0.7
-    earlier = " + ".join(str(epochs[field]) for field in FIELDS[:-1])
-    assert point.trained == f"{earlier} + 10 epochs of {images:,} images"
+    assert point.trained == f"1 + 1 + 5 + 1 epochs of {images:,} images"
     file = tmp_path / "samples_of_it.npz"
     time_to_quality.sample_version(SCRIPT_V3, args, tmp_path, point, file)
     assert point.evaluations == 18 and point.parameters > 1000

@@ -165,24 +165,6 @@ def test_student_is_trained_after_the_flow_resumes_and_samples_in_few_steps(
     assert not torch.equal(module.generate_samples(flow, torch.arange(4)), images)
 
 
-def test_the_last_command_of_the_page_trains_a_student_on(script_v3, tmp_path):
-    models = tiny_models(script_v3, student_epochs=1)
-    (tmp_path / "checkpoints").mkdir()
-
-    def command(*stages):
-        row = dict.fromkeys(script_v3.METRICS) | {"epoch": 1, "seconds": 1}
-        models.history[:] = [row | {"stage": stage} for stage in stages]
-        script_v3.save_page(models, tmp_path)
-        page = (tmp_path / "index.html").read_text(encoding="utf-8")
-        return page.partition("</pre>")[0].split()[-2:]
-
-    before = ["autoencoder", "decoder", "guide"]
-    assert command(*before) == ["--epochs", str(2 * models.config.epochs)]
-    assert command(*before, "diffusion") == ["--student-epochs", "2"]  # it may have begun
-    assert command(*before, "diffusion", "student") == ["--student-epochs", "2"]
-    assert command(*before, "diffusion", *["student"] * 3) == ["--student-epochs", "6"]
-
-
 @on_v3
 def test_a_run_that_has_not_come_to_its_student_can_be_sampled(
     module, monkeypatch, tiny_data_dir, tmp_path

@@ -1115,12 +1115,23 @@ class Run:
         self.stages[name] = stage
         if name in self.restored:
             stage.restore(self.restored[name])
-        if stage.step < stage.total_steps and self.restored.keys() - self.stages.keys():
-            raise ExperimentError(f"the epochs of {name} are over: more need --fresh")
+        if stage.step < stage.total_steps:
+            self.drop_later_stages(name)
         size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(f"{name}: {size:.2f} M parameters, step {stage.step} of {stage.total_steps}")
         validate = partial(validation_losses, loss, stage.average.module, held_out)
         train_steps(self, stage, arrays, validate, after_epoch or self.draw)
+
+    def drop_later_stages(self, name: str) -> None:
+        """Where the diffusion trains on, what has learnt from it begins anew. Raises
+        ExperimentError where more of another stage would cost the diffusion itself."""
+        later = [other for other in self.restored if other not in self.stages]
+        if later and name != "diffusion":
+            raise ExperimentError(f"the epochs of {name} are over: more need --fresh")
+        for other in later:
+            print(f"{other}: will be trained anew, after more epochs of the diffusion")
+            del self.restored[other]
+        self.history[:] = [row for row in self.history if row["stage"] not in later]
 
     def begun(self, name: str) -> bool:
         """Whether the stage of that name had begun when the run was resumed."""
@@ -1804,12 +1815,8 @@ def save_page(models: Models, output: Path) -> None:
     places = {"--output-dir": str(output), "--data-dir": config.data_dir, "--device": config.device}
     given = [part for pair in places.items() if pair[1] not in ("", "auto") for part in pair]
     run = shlex.join(["python", Path(__file__).name, *given])
-    done = [row["stage"] for row in history]
-    to_come = [name for name in models.networks if name not in done]
-    last = [*done, *to_come][-1] if models.epoch else "diffusion"  # what can still be trained on
-    epochs = "epochs" if last == "diffusion" else f"{last}_epochs"
     commands = f"{run}\n{run} --sample-only --num-samples 16\n"
-    commands += f"{run} {flag(epochs)} {2 * max(getattr(config, epochs), done.count(last))}"
+    commands += f"{run} --epochs {2 * max(config.epochs, models.epoch)}"
     if not (output / "checkpoints").is_dir():  # of a run or of weights elsewhere
         commands = f"{shlex.join(['python', *sys.argv])} --num-samples 16"
     data = {"sheets": json.dumps(sheets), "colours": json.dumps(CLASS_COLOURS), "paths": paths}

@@ -59,7 +59,7 @@ class Config:
     epochs: int = option(8, "epochs of stage 2", 1, 100_000, gpu=300, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
-    width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
+    width: int = option(96, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
     # samples
     sampling_steps: int = option(12, "steps of DPM-Solver++(2M)", 1, 1000, resume="keep")
@@ -104,8 +104,9 @@ def x0_of_v(x: Tensor, v: Tensor, alpha_bar: Tensor | float) -> Tensor:
 def v_prediction_loss(
     denoiser: nn.Module, x0: Tensor, labels: Tensor, rng: Rng, *, class_dropout: float
 ) -> Tensor:
-    """Mean squared error of v for x0 (B, C, H, W), t uniform on 1 ... T."""
-    t = rng.randint(1, TIMESTEPS + 1, len(x0))  # (B,)
+    """Mean squared error of v for x0 (B, C, H, W), at logit-normal times: t = T sigmoid(u), u ~ N(0,
+    1), rounded up (Esser et al. 2024, 2403.03206, Eq. 19, m=0, s=1). Most lie where v is hard."""
+    t = torch.sigmoid(rng.randn(len(x0))).mul(TIMESTEPS).ceil().long()  # (B,), 1 ... T
     noise = rng.randn(*x0.shape)
     alpha_bar = denoiser.alpha_bars[t].view(-1, 1, 1, 1)
     dropped = rng.rand(len(x0)) < class_dropout
@@ -1308,12 +1309,23 @@ class Run:
         self.stages[name] = stage
         if name in self.restored:
             stage.restore(self.restored[name])
-        if stage.step < stage.total_steps and self.restored.keys() - self.stages.keys():
-            raise ExperimentError(f"the epochs of {name} are over: more need --fresh")
+        if stage.step < stage.total_steps:
+            self.drop_later_stages(name)
         size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(f"{name}: {size:.2f} M parameters, step {stage.step} of {stage.total_steps}")
         validate = partial(validation_losses, loss, stage.average.module, held_out)
         train_steps(self, stage, arrays, validate, after_epoch or self.draw)
+
+    def drop_later_stages(self, name: str) -> None:
+        """Where the diffusion trains on, what has learnt from it begins anew. Raises
+        ExperimentError where more of another stage would cost the diffusion itself."""
+        later = [other for other in self.restored if other not in self.stages]
+        if later and name != "diffusion":
+            raise ExperimentError(f"the epochs of {name} are over: more need --fresh")
+        for other in later:
+            print(f"{other}: will be trained anew, after more epochs of the diffusion")
+            del self.restored[other]
+        self.history[:] = [row for row in self.history if row["stage"] not in later]
 
     def begun(self, name: str) -> bool:
         """Whether the stage of that name had begun when the run was resumed."""
@@ -1997,12 +2009,8 @@ def save_page(models: Models, output: Path) -> None:
     places = {"--output-dir": str(output), "--data-dir": config.data_dir, "--device": config.device}
     given = [part for pair in places.items() if pair[1] not in ("", "auto") for part in pair]
     run = shlex.join(["python", Path(__file__).name, *given])
-    done = [row["stage"] for row in history]
-    to_come = [name for name in models.networks if name not in done]
-    last = [*done, *to_come][-1] if models.epoch else "diffusion"  # what can still be trained on
-    epochs = "epochs" if last == "diffusion" else f"{last}_epochs"
     commands = f"{run}\n{run} --sample-only --num-samples 16\n"
-    commands += f"{run} {flag(epochs)} {2 * max(getattr(config, epochs), done.count(last))}"
+    commands += f"{run} --epochs {2 * max(config.epochs, models.epoch)}"
     if not (output / "checkpoints").is_dir():  # of a run or of weights elsewhere
         commands = f"{shlex.join(['python', *sys.argv])} --num-samples 16"
     data = {"sheets": json.dumps(sheets), "colours": json.dumps(CLASS_COLOURS), "paths": paths}

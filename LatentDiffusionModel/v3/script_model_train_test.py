@@ -1,10 +1,10 @@
 """Latent rectified flow on Fashion-MNIST: autoencoder with channel attention, conditional UNet.
 
-Stage 1 trains an autoencoder that turns a 28x28 image into a small latent. Stage 2 trains its
-decoder on against a discriminator, which gives the images their texture. Stage 3 trains a
+Stage 1 trains an autoencoder that turns a 28x28 image into a small latent. Stage 2 trains a
 class-conditional UNet to carry Gaussian noise to such latents along straight lines, and a guide,
-the same UNet trained for less, to show what to avoid. Sampling integrates the guided velocity with
-Euler's or Heun's method, and decodes the result. An optional student learns to take few steps.
+the same UNet trained for less, to show what to avoid. Stage 3 trains the decoder on, now on samples
+too, against a discriminator, which gives the images their texture. Sampling integrates the guided
+velocity with Euler's or Heun's method, and decodes. An optional student learns to take few steps.
 
     python script_model_train_test.py            train (or resume), then write figures to output/
     python script_model_train_test.py --quick    the whole pipeline, tiny, into output/quick/
@@ -26,7 +26,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -52,24 +52,25 @@ def option(cpu, help, low=None, high=None, *, gpu=None, quick=None, multiple=Non
 class Config:
     """The settings of this experiment; the harness adds those that all versions have."""
 
-    # stages 1 and 2: the autoencoder, then its decoder against the discriminator
+    # stage 1: the autoencoder
     autoencoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=6, quick=1, resume="keep")
-    decoder_epochs: int = option(1, "epochs", 1, 10_000, gpu=6, quick=1, resume="keep")
-    autoencoder_batch_size: int = option(32, "images a step, stages 1 and 2", 1, 4096, gpu=256)
-    autoencoder_learning_rate: float = option(2e-3, "peak of AdamW, stages 1 and 2", 1e-8, 1.0)
+    autoencoder_batch_size: int = option(32, "images a step, stages 1 and 3", 1, 4096, gpu=256)
+    autoencoder_learning_rate: float = option(2e-3, "peak of AdamW, stages 1 and 3", 1e-8, 1.0)
     autoencoder_muon_learning_rate: float = option(0.01, "peak of Muon; 0: AdamW alone", 0.0, 1.0)
     autoencoder_width: int = option(32, "channels at 14x14", 8, 512, multiple=8, quick=8)
     latent_channels: int = option(8, "channels of the 7x7 latent", 1, 64)
     latent_noise: float = option(0.2, "noise on the latents, whose own std is 1", 0.0, 1.0)
-    discriminator_width: int = option(64, "channels", 8, 512, multiple=8, quick=8)
-    adversarial_weight: float = option(0.05, "weight of realism beside error", 0.0, 100.0)
-    # stage 3: the diffusion
+    # stage 2: the diffusion
     guide_epochs: int = option(1, "epochs of the guide", 1, 10_000, gpu=7, quick=1, resume="keep")
-    epochs: int = option(6, "epochs of stage 3", 1, 100_000, gpu=80, quick=2, resume="keep")
+    epochs: int = option(6, "epochs of stage 2", 1, 100_000, gpu=80, quick=2, resume="keep")
     batch_size: int = option(64, "latents a step", 1, 4096, gpu=512)
     learning_rate: float = option(2e-3, "peak learning rate", 1e-8, 1.0)
     width: int = option(64, "channels at 7x7; twice that at 4x4", 8, 512, multiple=8, quick=16)
     class_dropout: float = option(0.1, "share of labels replaced by the null class", 0.0, 1.0)
+    # stage 3: the decoder, against the discriminator
+    decoder_epochs: int = option(2, "epochs", 1, 10_000, gpu=6, quick=1, resume="keep")
+    discriminator_width: int = option(64, "channels", 8, 512, multiple=8, quick=8)
+    adversarial_weight: float = option(0.05, "weight of realism beside error", 0.0, 100.0)
     # stage 4, an extra: the student
     student_epochs: int = option(0, "epochs of the student; 0: none", 0, 10_000, resume="keep")
     student_batch_size: int = option(64, "latents a step, stage 4", 1, 4096)
@@ -149,9 +150,9 @@ def integrate(
     yield x, x
 
 
-def has_student(models: Models) -> bool:
-    """Whether a student has been trained for an epoch."""
-    return "student" in models.networks and any(row["stage"] == "student" for row in models.history)
+def trained(models: Models, stage: str) -> bool:
+    """Whether that stage, one after the flow's, has been trained for an epoch."""
+    return stage in models.networks and any(row["stage"] == stage for row in models.history)
 
 
 def sample(
@@ -162,7 +163,7 @@ def sample(
     config = models.config
     interval = config.guidance_low / 1000, config.guidance_high / 1000
     if config.student_steps and not steps:
-        if not has_student(models):
+        if not trained(models, "student"):
             raise ExperimentError("--student-steps needs a student: --student-epochs 1 trains it")
         velocity = guided(models.student["flow"], models.guide, classes, 1.0, *interval)
         return integrate(velocity, noise, config.student_steps, "euler")
@@ -290,17 +291,16 @@ def patch_discriminator(width: int) -> nn.Sequential:
 
 
 def adversarial_loss(
-    discriminator: nn.Module, made: Tensor, wanted: Tensor, real: Tensor, *, weight: float
+    discriminator: nn.Module, made: Tensor, real: Tensor, *, weight: float
 ) -> dict[str, Tensor]:
-    """For images (B, 1, 28, 28) in [-1, 1]. Whatever `made` them learns from their absolute error
-    against those `wanted`, and from `weight` times the discriminator's opinion of them; the
-    discriminator from its own hinge loss alone (Lim & Ye 2017, arXiv 1705.02894)."""
+    """For images (B, 1, 28, 28) in [-1, 1]. Whatever `made` them learns from `weight` times the
+    discriminator's opinion of them; the discriminator from its own hinge loss alone (Lim & Ye 2017,
+    arXiv 1705.02894)."""
     frozen = {name: weights.detach() for name, weights in discriminator.named_parameters()}
     realism = torch.func.functional_call(discriminator, frozen, (made,)).float()
     logits = discriminator(torch.cat([real, made.detach()])).float()
     true, fake = logits.split([len(real), len(made)])
     return {
-        "absolute error": (wanted - made).abs().mean(),
         "unrealism": -weight * realism.mean(),
         "hinge loss of the discriminator": F.relu(1 - true).mean() + F.relu(1 + fake).mean(),
     }
@@ -415,34 +415,54 @@ def build_networks(config: Config) -> dict[str, nn.Module]:
 
 
 def train_stages(run: Run, models: Models, data: Data) -> None:
-    """Trains the autoencoder; then, on its averaged weights, the decoder, the guide and the flow;
-    and a student, if asked to."""
+    """Trains the autoencoder; then, on its averaged weights, the guide and the flow; the decoder,
+    on what the flow makes; and a student, if asked to."""
     config, autoencoder = run.config, models.autoencoder
-    what = partial(reconstruction_loss, latent_noise=config.latent_noise), (data.train_images,)
-    run.train("autoencoder", *what, (data.validation_images,), **plan(config, "autoencoder"))
-    raw = once(autoencoder.raw_encode, data.train_images)
+    loss = partial(reconstruction_loss, latent_noise=config.latent_noise)
+    images, held_out = (data.train_images,), (data.validation_images,)
+    run.train("autoencoder", loss, images, held_out, **plan(config, "autoencoder"))
+    if not run.begun("guide"):  # the flow's noise has variance 1, so must its data
+        autoencoder.set_statistics(once(autoencoder.raw_encode, data.train_images))
+    pairs = once(autoencoder.encode, data.train_images), data.train_labels
+    held_out = once(autoencoder.encode, data.validation_images), data.validation_labels
+    loss = partial(rectified_flow_loss, class_dropout=config.class_dropout)
+    run.train("guide", loss, pairs, held_out, **plan(config) | plan(config, "guide"))
+    run.train("diffusion", loss, pairs, held_out, **plan(config))
     if not run.begun("decoder"):
-        autoencoder.set_statistics(raw)  # the flow's noise has variance 1, so must its data
         run.networks["decoder"]["decoder"].load_state_dict(autoencoder.decoder.state_dict())
-
-    def loss(networks: nn.ModuleDict, latents: Tensor, images: Tensor, rng: Rng) -> dict:
-        noisy = latents + config.latent_noise * rng.randn(*latents.shape)
-        made, weight = networks["decoder"](noisy).float(), config.adversarial_weight
-        return adversarial_loss(networks["discriminator"], made, images, images, weight=weight)
-
-    held_out = once(autoencoder.raw_encode, data.validation_images), data.validation_images
+    pool = cache(partial(samples_of_flow, models, min(20_000, len(data.train_images))))
+    loss = partial(decoder_loss, pool=torch.compiler.disable(pool), models=models)
+    held_out = held_out[0], data.validation_images
     how = plan(config, "autoencoder") | plan(config, "decoder") | {"muon_learning_rate": 0.0}
     how["after_epoch"] = partial(save_reconstructions, models, data, run.output)
-    run.train("decoder", loss, (raw, data.train_images), held_out, **how)
-    what = (
-        partial(rectified_flow_loss, class_dropout=config.class_dropout),
-        (once(autoencoder.encode, data.train_images), data.train_labels),
-        (once(autoencoder.encode, data.validation_images), data.validation_labels),
-    )
-    run.train("guide", *what, **plan(config) | plan(config, "guide"))
-    run.train("diffusion", *what, **plan(config))
+    run.train("decoder", loss, (pairs[0], data.train_images), held_out, **how)
     if config.student_epochs:
         train_student(run, models, data)
+
+
+def samples_of_flow(models: Models, count: int) -> Tensor:
+    """Standardised latents (count, C, 7, 7) from noise that no figure and no export starts from."""
+
+    def draw(noise: Tensor) -> Tensor:
+        return last_state(models, noise, class_weights(labels_in_turn(len(noise), noise.device)))
+
+    rng = Rng(derived_seed(models.config.seed, "pool"), models.device)
+    return once(draw, rng.randn(count, *state_shape(models.config)))
+
+
+def decoder_loss(
+    networks: nn.ModuleDict, latents: Tensor, images: Tensor, rng: Rng, *, models: Models,
+    pool: Callable[[], Tensor],
+) -> dict[str, Tensor]:  # fmt: skip
+    """The decoder learns to tell the images (B, 1, 28, 28) from their latents (B, C, 7, 7), with
+    noise on them; and to make these, and as many of a pool of samples (M, C, 7, 7), look real."""
+    config, raw = models.config, models.autoencoder.destandardise
+    noisy = raw(latents) + config.latent_noise * rng.randn(*latents.shape)
+    sampled = pool()[rng.randint(0, len(pool()), len(latents))]
+    made = networks["decoder"](torch.cat([noisy, raw(sampled)])).float()
+    parts = {"absolute error": (images - made[: len(images)]).abs().mean()}
+    judge, weight = networks["discriminator"], config.adversarial_weight
+    return parts | adversarial_loss(judge, made, images, weight=weight)
 
 
 def train_student(run: Run, models: Models, data: Data) -> None:
@@ -478,8 +498,9 @@ def distillation_loss(
     made = decode(teacher, torch.cat([way[-1][1] for way in ways]))
     wanted = decode(teacher, goal).repeat(len(ways), 1, 1, 1)
     weight, judge = config.adversarial_weight, networks["discriminator"]
-    parts = adversarial_loss(judge, made, wanted, images, weight=weight)
-    return {"error of the guesses": torch.stack(errors).mean() / 2} | parts
+    parts = {"error of the guesses": torch.stack(errors).mean() / 2}
+    parts["absolute error"] = (wanted - made).abs().mean()
+    return parts | adversarial_loss(judge, made, images, weight=weight)
 
 
 def embed(models: Models, images: Tensor) -> Tensor:
@@ -488,8 +509,11 @@ def embed(models: Models, images: Tensor) -> Tensor:
 
 
 def decode(models: Models, states: Tensor) -> Tensor:
-    """Standardised latents (B, C, 7, 7) to images (B, 1, 28, 28), about [-1, 1]."""
-    return models.decoder["decoder"](models.autoencoder.destandardise(states)).float()
+    """Standardised latents (B, C, 7, 7) to images (B, 1, 28, 28), about [-1, 1]; until the decoder
+    has been trained on, by the autoencoder's own."""
+    last = trained(models, "decoder")
+    decoder = models.decoder["decoder"] if last else models.autoencoder.decoder
+    return decoder(models.autoencoder.destandardise(states)).float()
 
 
 # --- Its figures ----------------------------------------------------------------------------------
@@ -510,7 +534,7 @@ def save_own_figures(models: Models, data: Data, output: Path) -> None:
     save_noise_interpolation(models, output)
     save_class_interpolation(models, output)
     save_guidance(models.with_settings(student_steps=0), output)  # a student's guidance is fixed
-    if has_student(models):
+    if trained(models, "student"):
         save_few_steps(models, output)
     save_nearest_neighbours(models, data, output)
 
@@ -592,9 +616,7 @@ def save_guidance(models: Models, output: Path) -> None:
 def save_few_steps(models: Models, output: Path) -> None:
     """The same noise of each class by the teacher, and by the student in 1, 2 and 4 steps."""
     labels, who = labels_in_turn(10, models.device), {"the flow": TEACHER}
-    for steps in STUDENT_STEPS:
-        name = f"{steps} step{'s' * (steps > 1)}"
-        who[name] = {"student_steps": steps}
+    who |= {f"{n} step{'s' * (n > 1)}": {"student_steps": n} for n in STUDENT_STEPS}
     columns = [generate_samples(models.with_settings(**each), labels) for each in who.values()]
     path = output / "few_steps" / f"few_steps_epoch_{models.epoch}.png"
     title = "The flow, and its student in few steps"
@@ -1405,12 +1427,23 @@ class Run:
         self.stages[name] = stage
         if name in self.restored:
             stage.restore(self.restored[name])
-        if stage.step < stage.total_steps and self.restored.keys() - self.stages.keys():
-            raise ExperimentError(f"the epochs of {name} are over: more need --fresh")
+        if stage.step < stage.total_steps:
+            self.drop_later_stages(name)
         size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(f"{name}: {size:.2f} M parameters, step {stage.step} of {stage.total_steps}")
         validate = partial(validation_losses, loss, stage.average.module, held_out)
         train_steps(self, stage, arrays, validate, after_epoch or self.draw)
+
+    def drop_later_stages(self, name: str) -> None:
+        """Where the diffusion trains on, what has learnt from it begins anew. Raises
+        ExperimentError where more of another stage would cost the diffusion itself."""
+        later = [other for other in self.restored if other not in self.stages]
+        if later and name != "diffusion":
+            raise ExperimentError(f"the epochs of {name} are over: more need --fresh")
+        for other in later:
+            print(f"{other}: will be trained anew, after more epochs of the diffusion")
+            del self.restored[other]
+        self.history[:] = [row for row in self.history if row["stage"] not in later]
 
     def begun(self, name: str) -> bool:
         """Whether the stage of that name had begun when the run was resumed."""
@@ -2094,12 +2127,8 @@ def save_page(models: Models, output: Path) -> None:
     places = {"--output-dir": str(output), "--data-dir": config.data_dir, "--device": config.device}
     given = [part for pair in places.items() if pair[1] not in ("", "auto") for part in pair]
     run = shlex.join(["python", Path(__file__).name, *given])
-    done = [row["stage"] for row in history]
-    to_come = [name for name in models.networks if name not in done]
-    last = [*done, *to_come][-1] if models.epoch else "diffusion"  # what can still be trained on
-    epochs = "epochs" if last == "diffusion" else f"{last}_epochs"
     commands = f"{run}\n{run} --sample-only --num-samples 16\n"
-    commands += f"{run} {flag(epochs)} {2 * max(getattr(config, epochs), done.count(last))}"
+    commands += f"{run} --epochs {2 * max(config.epochs, models.epoch)}"
     if not (output / "checkpoints").is_dir():  # of a run or of weights elsewhere
         commands = f"{shlex.join(['python', *sys.argv])} --num-samples 16"
     data = {"sheets": json.dumps(sheets), "colours": json.dumps(CLASS_COLOURS), "paths": paths}

@@ -267,30 +267,35 @@ def schedules(args, repository):
 
 def train(path, flags, output, count):
     """Run a script, and let it export ``count`` samples of its averaged networks after each of at
-    most ``MOST_EPOCHS`` epochs, evenly spaced.
+    most ``MOST_EPOCHS`` epochs of the diffusion, evenly spaced, and at the end of a decoder that is
+    trained after it.
 
     It is the script's own run: the plan of learning rates is that of all its epochs, and sampling
     touches none of training's random numbers.
 
-    Returns: the run's exit status, and {epoch: file of its samples}.
+    Returns: the run's exit status, and {epoch, or "decoder": file of its samples}.
     """
     script, files = speed.load_script(path), {}
     train_steps = script.train_steps
     script.is_fast = lambda device: False  # else short epochs would pass unseen
 
     def train_and_export(run, stage, arrays, validate, after_epoch):
+        columns, epochs = {}, stage.total_steps // stage.steps_per_epoch  # {epoch: its name}
+        if stage.name == "diffusion":
+            columns = {epoch: epoch for epoch in thin(range(1, epochs + 1), MOST_EPOCHS)}
+        elif stage.name == "decoder":
+            columns = {epochs: "decoder"}
+
         def export(epoch):
             after_epoch(epoch)
-            if epoch in files:
-                script.export_samples(run.models, count, files[epoch].parent)
+            if epoch in columns:
+                script.export_samples(run.models, count, files[columns[epoch]].parent)
 
-        if stage.name != "diffusion":
-            return train_steps(run, stage, arrays, validate, after_epoch)
-        epochs = range(1, stage.total_steps // stage.steps_per_epoch + 1)
-        for epoch in thin(epochs, MOST_EPOCHS):
-            files[epoch] = output / "learning" / f"epoch_{epoch}" / "samples.npz"
+        for name in columns.values():
+            folder = f"epoch_{name}" if stage.name == "diffusion" else name
+            files[name] = output / "learning" / folder / "samples.npz"
             if stage.step == 0:  # of an older run
-                files[epoch].unlink(missing_ok=True)
+                files[name].unlink(missing_ok=True)
         train_steps(run, stage, arrays, validate, export)
 
     script.train_steps = train_and_export
@@ -305,7 +310,8 @@ def read_epochs(files):
     samples = {} if missing else {epoch: quality.read_samples(files[epoch]) for epoch in files}
     if missing or len({len(images) for images, _ in samples.values()}) > 1:
         reason = f"no samples of epoch {', '.join(missing)}" if missing else "unequal numbers"
-        raise ValueError(f"{reason} in {files[min(files)].parents[1]}: start over with --fresh")
+        folder = next(iter(files.values())).parents[1]
+        raise ValueError(f"{reason} in {folder}: start over with --fresh")
     return samples
 
 
@@ -329,7 +335,8 @@ def draw_learning(version, samples, rows, floor, real):
     figure = blank(below + 104)
     [count] = {len(images) for images, _ in samples.values()}
     write(figure, f"{version.split('/')[1]} learns", 4, 6, 24, weight="bold")
-    write(figure, "one noise a row, through the averaged weights after each epoch", 4, 40)
+    title = "one noise a row, through the averaged weights after each epoch"
+    write(figure, title + ", and after the decoder's" * ("decoder" in samples), 4, 40)
     words = {"epoch": above - 30, **{name: below + 4 + 26 * n for n, name in enumerate(SCORES)}}
     for word, top in words.items():
         write(figure, word, 4, top, weight="bold")

@@ -203,12 +203,12 @@ def measure_training(path, flags, repeats, rivals=None):
 
     A step counts from the end of the one before, so the loop's own work is in it: taking the rows,
     seeding, reading the loss. Each stage is stopped after ``WARM_UP`` + ``repeats`` steps, and then
-    the next one begins; "diffusion" is the last.
+    the next one begins; extras without epochs by default are left out.
 
     Args:
         flags: of the command line, without --output-dir.
         rivals: None, or a function of the stage and the uint8 training images (N, 1, 28, 28) that
-            returns {name: function without arguments}; they take their turns in the last stage.
+            returns {name: function without arguments}; they take their turns in the diffusion.
 
     Returns: a list of ``StageTimes``. Raises ValueError if a stage has fewer steps than are to be
     timed.
@@ -217,9 +217,11 @@ def measure_training(path, flags, repeats, rivals=None):
     real_steps, real_step = script.train_steps, script.train_step
 
     def train_steps(run, stage, arrays, validate, after_epoch):
-        device, last = arrays[0].device, stage.name == "diffusion"
+        device = arrays[0].device
         bare = bare_step(script, stage)
-        others = rivals(stage, run.data.train_images) if rivals and last else {}
+        others = (
+            rivals(stage, run.data.train_images) if rivals and stage.name == "diffusion" else {}
+        )
         seconds = {name: [] for name in ("step", "bare", *others)}
         ended = time.perf_counter()
 
@@ -253,7 +255,7 @@ def measure_training(path, flags, repeats, rivals=None):
                 seconds={name: each[WARM_UP:] for name, each in seconds.items()},
             )
         )
-        if last:
+        if len(measured) == len(epoch_fields(script.Settings)):
             raise Enough
 
     script.train_steps = train_steps
@@ -323,15 +325,15 @@ def stopwatch(script, name, device):
 def make_untrained(path, flags, folder):
     """Leave a checkpoint of the published size in ``folder``, after a step or two of training."""
     script = load_script(path)
-    real_steps = script.train_steps
+    real_steps, fields = script.train_steps, epoch_fields(script.Settings)
 
     def train_steps(run, stage, arrays, validate, after_epoch):
         real_steps(run, stage, arrays, validate, lambda epoch: None)  # no figures of the epoch
-        if stage.name == "diffusion":
+        if len(run.stages) == len(fields):
             raise Enough
 
     script.train_steps = train_steps
-    once = epoch_flags(dict.fromkeys(epoch_fields(script.Settings), 1))
+    once = epoch_flags(dict.fromkeys(fields, 1))
     with calls_of(script), contextlib.suppress(Enough):
         script.main([*flags, "--output-dir", str(folder), "--train-images", "64", *once])
 
@@ -773,8 +775,9 @@ def report_version(version, path, args):
         )
         figures = measure_figures(path, flags, folder, args.sampling_repeats, device)
         print(f"  GIFs and path figures: {statistics.median(figures):.3g} s")
+        [diffusion] = [stage for stage in stages if stage.name == "diffusion"]
         for name, peer in peers.items():
-            report_peer(name, peer, stages[-1], times, version)
+            report_peer(name, peer, diffusion, times, version)
 
 
 def main(argv=None):

@@ -48,7 +48,7 @@ import speed
 START_UP = 20  # seconds of a version's budget that are not steps: imports, data, encoding
 SLACK = 0.08  # share of the rest that is not planned for: validation, saving, a slower machine
 MARGIN = 1.0  # seconds before the end of the budget at which training is told to stop
-LEAST_EPOCHS = 4  # of a version's last stage, whose ends are sampled: enough for a curve
+LEAST_EPOCHS = 4  # of a version's diffusion, whose ends are sampled: enough for a curve
 MOST_SNAPSHOTS = 8  # of a version, the last one among them
 PILOT_STEPS = 40
 
@@ -91,7 +91,7 @@ def plan_training(stages, fields, budget):
     """Split a budget over the stages in the proportion of the published recipe.
 
     Epochs are whole numbers: rather one too many, and fewer training images, than minutes unused.
-    The last stage has ``LEAST_EPOCHS`` or more.
+    The diffusion has ``LEAST_EPOCHS`` or more.
 
     Args:
         stages: of ``speed.measure_training``.
@@ -105,18 +105,20 @@ def plan_training(stages, fields, budget):
     published = sum(cost * stage.epochs for cost, stage in zip(costs, stages))
     epochs = [max(1, round(available / published * stage.epochs)) for stage in stages]
     left = available - sum(cost * count for cost, count in zip(costs, epochs))
-    epochs[-1] = max(LEAST_EPOCHS, epochs[-1] + max(0, math.ceil(left / costs[-1])))
+    diffusion = fields.index("epochs")
+    more = max(0, math.ceil(left / costs[diffusion]))
+    epochs[diffusion] = max(LEAST_EPOCHS, epochs[diffusion] + more)
     planned = sum(cost * count for cost, count in zip(costs, epochs))
     return dict(zip(fields, epochs, strict=True)), min(1.0, available / planned)
 
 
-def finished_epochs(output, stage):
-    """The number of epochs of a stage in an output folder's metrics.csv."""
+def finished_epochs(output, stages):
+    """The number of epochs of some stages in an output folder's metrics.csv."""
     path = output / "metrics.csv"
     if not path.is_file():
         return 0
     with path.open(newline="", encoding="utf-8") as file:
-        return sum(row["stage"] == stage for row in csv.DictReader(file))
+        return sum(row["stage"] in stages for row in csv.DictReader(file))
 
 
 def take_snapshot(output, folder):
@@ -142,12 +144,13 @@ def stop(process, seconds=120):
         process.wait()
 
 
-def train_version(path, flags, stage, epochs, budget, folder):
+def train_version(path, flags, stages, epochs, budget, folder):
     """Run a script until it has trained or the budget is spent; keep the models of each epoch.
 
     Args:
         path, flags: the command.
-        stage, epochs: of the last stage, name and number, whose models can be sampled from.
+        stages, epochs: names of those whose models can be sampled from, the diffusion and what
+            follows it, and the number of their epochs together.
         budget: seconds from the start of the process.
         folder: receives output/ and the snapshots, folders of their own.
 
@@ -166,7 +169,7 @@ def train_version(path, flags, stage, epochs, budget, folder):
         try:
             while True:
                 ended, elapsed = process.poll() is not None, time.monotonic() - started
-                done = finished_epochs(output, stage)
+                done = finished_epochs(output, stages)
                 if done > (snapshots[-1][2] if snapshots else 0):
                     keep(elapsed, done)
                 if ended or done == epochs or elapsed >= budget - MARGIN:
@@ -182,7 +185,7 @@ def train_version(path, flags, stage, epochs, budget, folder):
     if (
         done < epochs
         and process.returncode == 143
-        and f"{stage}, step" in log.read_text().splitlines()[-1]
+        and any(f"{stage}, step" in log.read_text().splitlines()[-1] for stage in stages)
     ):
         keep(min(elapsed + MARGIN, budget), done)  # cut off within an epoch
     return snapshots
@@ -208,18 +211,20 @@ def plan_and_train_version(version, path, args, folder):
     epochs, share = plan_training(stages, speed.epoch_fields(script.Settings), 60 * args.minutes)
     plan = [*speed.epoch_flags(epochs), "--train-images", str(round(share * images))]
     print(f"{version}: planned {' '.join(plan)}", flush=True)
-    *earlier, last = epochs.values()
-    snapshots = train_version(
-        path, [*flags, *plan], stages[-1].name, last, 60 * args.minutes, folder
-    )
+    names, counts = [stage.name for stage in stages], [*epochs.values()]
+    first = names.index("diffusion")
+    how = names[first:], sum(counts[first:]), 60 * args.minutes
+    snapshots = train_version(path, [*flags, *plan], *how, folder)
     chosen = thin(snapshots, MOST_SNAPSHOTS)
     kept = [snapshot for snapshot, *_ in chosen]
     for spare in (folder / "output", *(each for each, *_ in snapshots if each not in kept)):
         shutil.rmtree(spare)
     points = []
     for snapshot, seconds, done in chosen:
-        counts = " + ".join(map(str, [*earlier, done]))
-        trained = f"{counts} epochs of {round(share * images):,} images"
+        done += sum(counts[:first])
+        so_far = [min(count, done - sum(counts[:i])) for i, count in enumerate(counts)]
+        said = " + ".join(str(count) for count in so_far if count > 0)
+        trained = f"{said} epochs of {round(share * images):,} images"
         points.append(Point(version, seconds / 60, trained, snapshot.name))
     return points
 
