@@ -112,6 +112,7 @@ def stages_of(script, images=60, **settings):
 
     def train(name, loss, arrays, held_out, **options):
         found[name] = Planned(loss, run.networks[name], arrays, held_out)
+        run.history.append({"stage": name})
 
     run.train = train
     script.train_stages(run, run.models, data)

@@ -61,7 +61,7 @@ def test_losses_keep_to_the_models_device(module, stages):
         for key in {"teacher", "models"} & getattr(loss, "keywords", {}).keys():
             models = loss.keywords[key]
             networks = {k: copy.deepcopy(v).to(META) for k, v in models.networks.items()}
-            loss = partial(loss, **{key: module.Models(networks, models.config, [])})
+            loss = partial(loss, **{key: module.Models(networks, models.config, models.history)})
         if name == "decoder":
             pool = loss.keywords["pool"]().to(META)
             loss = partial(loss, pool=lambda pool=pool: pool)

@@ -311,17 +311,18 @@ def test_class_that_there_is_not_is_answered(experiment, module, tmp_path):
 # Interruptions
 
 
-# Steps of the diffusion count from 1. Those of the stages before it count backwards from 0, as far
-# as a version has such. Epochs have three.
+# Steps of the diffusion count from 1 to 9, and on where a stage follows. Those of the stages before
+# it count backwards from 0, as far as a version has such. Epochs have three.
 @pytest.mark.parametrize(
-    "at", [[-11, -5, 0, 2], [-10, -4, -1, 3, 5], [-9, -6, -3, 1, 6, 9]], ids=str
+    "at", [[-11, -5, 0, 2, 11], [-10, -4, -1, 3, 5, 13], [-9, -6, -3, 1, 6, 9, 15]], ids=str
 )
 def test_interrupted_run_ends_with_the_same_bits(
     experiment, module, undisturbed, tiny_data_dir, tmp_path, at
 ):
     done, arguments = 0, flags(module, tmp_path, tiny_data_dir)
-    first = sum(STEPS[stage] for stage in experiment.stages[:-1])
-    for step in [number + first for number in at if number + first > 0]:
+    stages, first = experiment.stages, experiment.stages.index("diffusion")
+    total, before = (sum(map(STEPS.get, some)) for some in (stages, stages[:first]))
+    for step in [number + before for number in at if 0 < number + before <= total]:
         with pytest.MonkeyPatch.context() as patch:
             interrupt_at_step(patch, module, step - done)
             assert run(module, arguments) == 130

@@ -29,17 +29,18 @@ def test_checkpoints_within_an_epoch_do_not_change_the_bits(
 ):
     assert run(module, flags(module, tmp_path, tiny_data_dir, checkpoint_minutes=0)) == 0
     assert differences(read(undisturbed), read(tmp_path)) == []
-    assert steps(tmp_path, "previous.pt")["diffusion"] == 8  # of 9
+    assert steps(tmp_path, "previous.pt") == STEPS | {"decoder": 5}  # of 6
 
 
-SEEDED = [(stage, use) for stage in STEPS for use in ("order", "step")]
+SEEDED = [(stage, use) for stage in STEPS for use in ("order", "step")] + [("pool",)]
 
 
 @pytest.mark.parametrize("parts", [("initial weights",), *SEEDED], ids=" ".join)
 def test_another_seed_changes_the_bits(
     module, undisturbed, monkeypatch, tiny_data_dir, tmp_path, parts
 ):
-    """Each use of the seed for itself. What comes after the autoencoder depends on it alone."""
+    """Each use of the seed for itself. All depends on the autoencoder, and the decoder on guide and
+    diffusion too."""
     real = module.derived_seed
 
     def derived_seed(seed, *rest):
@@ -49,7 +50,9 @@ def test_another_seed_changes_the_bits(
     assert run(module, flags(module, tmp_path, tiny_data_dir, seed=1)) == 0
     a, b = read(undisturbed)["stages"], read(tmp_path)["stages"]
     changed = [stage for stage in a if differences(a[stage]["model"], b[stage]["model"])]
-    assert changed == ([parts[0]] if parts[0] in [*STEPS][1:] else list(STEPS))
+    alone = {"guide": ["guide", "decoder"], "diffusion": ["diffusion", "decoder"]}
+    alone |= {"decoder": ["decoder"], "pool": ["decoder"]}
+    assert changed == alone.get(parts[0], list(STEPS))
 
 
 @pytest.mark.parametrize("step", [2, 9, 15])
@@ -76,7 +79,7 @@ def test_signal_late_in_a_step_loses_nothing(
 
 @pytest.mark.parametrize(
     ("saver", "count", "done"),
-    [("draw", 2, [6]), ("save_reconstructions", 2, [6, 6]), ("draw", 7, [6, 6, 6, 9])],
+    [("draw", 2, [6]), ("draw", 7, [6, 6, 9]), ("save_reconstructions", 2, [6, 6, 9, 6])],
 )
 def test_signal_in_the_last_picture_of_a_stage_is_heeded(
     module, monkeypatch, tiny_data_dir, tmp_path, saver, count, done
@@ -135,25 +138,55 @@ def test_figures_are_not_forgotten_where_epochs_are_passed_over(module, monkeypa
 
 
 def test_finished_run_trains_on_with_more_epochs(module, output, tiny_data_dir, tmp_path):
+    """The decoder, which learns from samples, begins anew; so does a student."""
     once = shutil.copytree(output, tmp_path / "interrupted")
     before = read(output)
     arguments = [flags(module, folder, tiny_data_dir, epochs=5) for folder in (output, once)]
     assert run(module, arguments[0]) == 0
     after = read(output)
     assert steps(output) == STEPS | {"diffusion": 15}
-    for stage in ("autoencoder", "decoder", "guide"):
+    for stage in ("autoencoder", "guide"):
         assert differences(before["stages"][stage], after["stages"][stage]) == []
-    assert differences(before["history"], after["history"][:9]) == []
-    assert [row["epoch"] for row in after["history"]] == [1, 2] * 3 + [1, 2, 3, 4, 5]
-    assert after["history"][9]["learning_rate"] > 0  # planned anew: it had fallen to zero
-    first, last = (each["stages"]["diffusion"]["model"] for each in (before, after))
-    assert differences(first, last)
-    assert interrupted_run(module, arguments[1], 2) == 130
+    assert differences(before["history"][:7], after["history"][:7]) == []
+    assert [row["epoch"] for row in after["history"]] == [1, 2, 1, 2, 1, 2, 3, 4, 5, 1, 2]
+    assert after["history"][7]["learning_rate"] > 0  # planned anew: it had fallen to zero
+    for stage in ("diffusion", "decoder"):
+        first, last = (each["stages"][stage]["model"] for each in (before, after))
+        assert differences(first, last)
+    assert interrupted_run(module, arguments[1], 2) == 130  # in the diffusion
+    assert "decoder" not in steps(once)
+    assert interrupted_run(module, arguments[1], 4 + 3) == 130  # in the decoder
     assert run(module, arguments[1]) == 0
     assert differences(after, read(once)) == []
+    student = [flags(module, once, tiny_data_dir, student_epochs=1, epochs=n) for n in (5, 6)]
+    for done, command in zip((15, 18), student):
+        assert run(module, command) == 0
+        assert steps(once) == STEPS | {"diffusion": done, "student": 3}
+    rows = [row["stage"] for row in read(once)["history"]]
+    assert (rows.count("decoder"), rows.count("student")) == (2, 1)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("autoencoder", 4), ("decoder", 10)])
+def test_a_run_of_the_former_order_goes_on(module, output, tiny_data_dir, tmp_path):
+    """There the decoder was trained before the flow: it is trained anew where the flow goes on, and
+    is good for samples where it does not."""
+    path = output / "checkpoints" / "last.pt"
+    content = read(output)
+    content["stages"] = {name: content["stages"][name] for name in sorted(content["stages"])}
+    assert [*content["stages"]] == ["autoencoder", "decoder", "diffusion", "guide"]
+    torch.save(content, path)
+    whole = module.load_trained(output, "cpu")
+    assert run(module, flags(module, output, tiny_data_dir)) == 0
+    assert differences(content["stages"], read(output)["stages"]) == []
+    both = whole, module.load_trained(output, "cpu")
+    assert torch.equal(*(module.generate_samples(each, torch.arange(3)) for each in both))
+    del content["stages"]["diffusion"]  # as if cut off before
+    content["history"] = [row for row in content["history"] if row["stage"] != "diffusion"]
+    torch.save(content, path)
+    assert run(module, flags(module, output, tiny_data_dir)) == 0
+    assert steps(output) == STEPS
+
+
+@pytest.mark.parametrize(("stage", "step"), [("autoencoder", 4), ("guide", 10)])
 def test_epochs_of_a_stage_change_before_the_next_one_only(
     module, output, capsys, tiny_data_dir, tmp_path, stage, step
 ):
@@ -180,14 +213,14 @@ def test_flags_not_given_come_from_the_checkpoint(module, tiny_data_dir, tmp_pat
     [line] = [line for line in capsys.readouterr().out.splitlines() if "unlike the default" in line]
     assert "--seed 7" in line and "--width 24" in line and "--sampler" not in line
     assert read(tmp_path)["config"] == config | {"sampler": "euler"}  # which may change
-    assert steps(tmp_path) == {"autoencoder": 3, "decoder": 3, "guide": 3, "diffusion": 6}
+    assert steps(tmp_path) == {"autoencoder": 3, "guide": 3, "diffusion": 6, "decoder": 3}
 
 
 def test_metrics_are_the_history(undisturbed):
     with open(undisturbed / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     history = read(undisturbed)["history"]
-    stages = [*["autoencoder"] * 2, *["decoder"] * 2, *["guide"] * 2, *["diffusion"] * 3]
+    stages = [*["autoencoder"] * 2, *["guide"] * 2, *["diffusion"] * 3, *["decoder"] * 2]
     assert [row["stage"] for row in rows] == stages
     parts = ("train_parts", "validation_parts")
     assert all(rows[0].keys() | {*parts} == row.keys() for row in history)
@@ -195,5 +228,5 @@ def test_metrics_are_the_history(undisturbed):
     for row in history:
         for name, of in zip(("train_loss", "validation_loss"), parts):
             assert sum(row[of].values()) == row[name]
-    assert [len(row["train_parts"]) for row in history] == [1, 1, 3, 3, *[1] * 5]
+    assert [len(row["train_parts"]) for row in history] == [*[1] * 7, 3, 3]
     assert all(row["train_parts"].keys() == row["validation_parts"].keys() for row in history)

@@ -109,7 +109,9 @@ def test_it_starts_as_the_flow_and_learns_alone(script_v3):
     sum(stage.loss(stage.network, labels, images, rng_of(script_v3)).values()).backward()
     assert without_gradient(stage.network["flow"]) == []
     idle = [
-        p for name in ("diffusion", "guide", "decoder") for p in vars(teacher)[name].parameters()
+        p
+        for name in ("autoencoder", "diffusion", "guide", "decoder")
+        for p in vars(teacher)[name].parameters()
     ]
     assert all(weights.grad is None for weights in idle)
     assert torch.equal(stage.arrays[1], stages["decoder"].arrays[1])  # the training images

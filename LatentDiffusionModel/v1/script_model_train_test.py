@@ -1310,13 +1310,13 @@ class Run:
         train_steps(self, stage, arrays, validate, after_epoch or self.draw)
 
     def drop_later_stages(self, name: str) -> None:
-        """Where the diffusion trains on, what has learnt from it begins anew. Raises
-        ExperimentError where more of another stage would cost the diffusion itself."""
+        """Where a stage trains on, those that have learnt from it begin anew. Raises
+        ExperimentError where that would cost the diffusion."""
         later = [other for other in self.restored if other not in self.stages]
-        if later and name != "diffusion":
+        if "diffusion" in later:
             raise ExperimentError(f"the epochs of {name} are over: more need --fresh")
         for other in later:
-            print(f"{other}: will be trained anew, after more epochs of the diffusion")
+            print(f"{other}: will be trained anew, after more of {name}")
             del self.restored[other]
         self.history[:] = [row for row in self.history if row["stage"] not in later]
 

@@ -12,9 +12,9 @@ dozen guided steps of DPM-Solver++(2M).
 
 Papers: variational autoencoders (Kingma & Welling 2014, arXiv 1312.6114); latent diffusion (Rombach
 et al. 2022, 2112.10752); the cosine schedule (Nichol & Dhariwal 2021, 2102.09672); v-prediction
-(Salimans & Ho 2022, 2202.00512); guidance (Ho & Salimans 2022, 2207.12598; Karras et al. 2024,
-2406.02507) in an interval (Kynkäänniemi et al. 2024, 2404.07724); DPM-Solver++ (Lu et al. 2022,
-2211.01095).
+(Salimans & Ho 2022, 2202.00512) at logit-normal times (Esser et al. 2024, 2403.03206); guidance (Ho
+& Salimans 2022, 2207.12598; Karras et al. 2024, 2406.02507) in an interval (Kynkäänniemi et al.
+2024, 2404.07724); DPM-Solver++ (Lu et al. 2022, 2211.01095).
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def x0_of_v(x: Tensor, v: Tensor, alpha_bar: Tensor | float) -> Tensor:
 def v_prediction_loss(
     denoiser: nn.Module, x0: Tensor, labels: Tensor, rng: Rng, *, class_dropout: float
 ) -> Tensor:
-    """Mean squared error of v for x0 (B, C, H, W), at logit-normal times: t = T sigmoid(u), u ~ N(0,
-    1), rounded up (Esser et al. 2024, 2403.03206, Eq. 19, m=0, s=1). Most lie where v is hard."""
+    """Mean squared error of v for x0 (B, C, H, W), at logit-normal times: T sigmoid(u), rounded up,
+    u ~ N(0, 1) (Esser et al. 2024, Eq. 19, m=0, s=1). Most lie in the middle."""
     t = torch.sigmoid(rng.randn(len(x0))).mul(TIMESTEPS).ceil().long()  # (B,), 1 ... T
     noise = rng.randn(*x0.shape)
     alpha_bar = denoiser.alpha_bars[t].view(-1, 1, 1, 1)
@@ -1317,13 +1317,13 @@ class Run:
         train_steps(self, stage, arrays, validate, after_epoch or self.draw)
 
     def drop_later_stages(self, name: str) -> None:
-        """Where the diffusion trains on, what has learnt from it begins anew. Raises
-        ExperimentError where more of another stage would cost the diffusion itself."""
+        """Where a stage trains on, those that have learnt from it begin anew. Raises
+        ExperimentError where that would cost the diffusion."""
         later = [other for other in self.restored if other not in self.stages]
-        if later and name != "diffusion":
+        if "diffusion" in later:
             raise ExperimentError(f"the epochs of {name} are over: more need --fresh")
         for other in later:
-            print(f"{other}: will be trained anew, after more epochs of the diffusion")
+            print(f"{other}: will be trained anew, after more of {name}")
             del self.restored[other]
         self.history[:] = [row for row in self.history if row["stage"] not in later]
 

@@ -442,11 +442,10 @@ def train_stages(run: Run, models: Models, data: Data) -> None:
 
 def samples_of_flow(models: Models, count: int) -> Tensor:
     """Standardised latents (count, C, 7, 7) from noise that no figure and no export starts from."""
-
-    def draw(noise: Tensor) -> Tensor:
-        return last_state(models, noise, class_weights(labels_in_turn(len(noise), noise.device)))
-
+    print(f"drawing {count:,} samples for the decoder to learn from")
     rng = Rng(derived_seed(models.config.seed, "pool"), models.device)
+    classes = class_weights(labels_in_turn(500, models.device))  # of a chunk, balanced
+    draw = lambda noise: last_state(models, noise, classes[: len(noise)])  # noqa: E731
     return once(draw, rng.randn(count, *state_shape(models.config)))
 
 
@@ -471,7 +470,9 @@ def train_student(run: Run, models: Models, data: Data) -> None:
     player["flow"].load_state_dict(models.diffusion.state_dict())
     player["discriminator"].load_state_dict(models.decoder["discriminator"].state_dict())
     models.decoder.requires_grad_(False)
-    loss = partial(distillation_loss, teacher=models.with_settings(**TEACHER))
+    teacher = models.with_settings(**TEACHER)
+    teacher.history = [*models.history]  # which does not grow: compiled code would notice
+    loss = partial(distillation_loss, teacher=teacher)
     arrays = data.train_labels[:20_000], data.train_images[:20_000]
     held_out = data.validation_labels[:1000], data.validation_images[:1000]
     how = plan(config, "student") | {"learning_rate": 1e-3, "muon_learning_rate": 0.005}
@@ -1435,13 +1436,13 @@ class Run:
         train_steps(self, stage, arrays, validate, after_epoch or self.draw)
 
     def drop_later_stages(self, name: str) -> None:
-        """Where the diffusion trains on, what has learnt from it begins anew. Raises
-        ExperimentError where more of another stage would cost the diffusion itself."""
+        """Where a stage trains on, those that have learnt from it begin anew. Raises
+        ExperimentError where that would cost the diffusion."""
         later = [other for other in self.restored if other not in self.stages]
-        if later and name != "diffusion":
+        if "diffusion" in later:
             raise ExperimentError(f"the epochs of {name} are over: more need --fresh")
         for other in later:
-            print(f"{other}: will be trained anew, after more epochs of the diffusion")
+            print(f"{other}: will be trained anew, after more of {name}")
             del self.restored[other]
         self.history[:] = [row for row in self.history if row["stage"] not in later]
 

@@ -174,6 +174,7 @@ class StageTimes:
     parameters: int
     arrays: tuple  # what batches are taken from: the images or latents, and labels, if any
     seconds: dict
+    first: float = 0.0  # seconds of the first step, in which a stage may prepare
 
     def median(self, name="step"):
         """Median of the seconds of ``name``."""
@@ -253,6 +254,7 @@ def measure_training(path, flags, repeats, rivals=None):
                 parameters=sum(parameter.numel() for parameter in stage.network.parameters()),
                 arrays=arrays,
                 seconds={name: each[WARM_UP:] for name, each in seconds.items()},
+                first=seconds["step"][0],
             )
         )
         if len(measured) == len(epoch_fields(script.Settings)):

@@ -101,7 +101,8 @@ def plan_training(stages, fields, budget):
     Returns: {field: epochs} and the share of the training images, above 0 and at most 1.
     """
     costs = [stage.median() * stage.steps_per_epoch for stage in stages]  # seconds an epoch
-    available = (1 - SLACK) * max(budget - START_UP, budget / 4)
+    prepared = START_UP + sum(max(0.0, stage.first - stage.median()) for stage in stages)
+    available = (1 - SLACK) * max(budget - prepared, budget / 4)
     published = sum(cost * stage.epochs for cost, stage in zip(costs, stages))
     epochs = [max(1, round(available / published * stage.epochs)) for stage in stages]
     left = available - sum(cost * count for cost, count in zip(costs, epochs))
