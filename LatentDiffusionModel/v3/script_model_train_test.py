@@ -444,9 +444,10 @@ def samples_of_flow(models: Models, count: int) -> Tensor:
     """Standardised latents (count, C, 7, 7) from noise that no figure and no export starts from."""
     print(f"drawing {count:,} samples for the decoder to learn from")
     rng = Rng(derived_seed(models.config.seed, "pool"), models.device)
-    classes = class_weights(labels_in_turn(500, models.device))  # of a chunk, balanced
-    draw = lambda noise: last_state(models, noise, classes[: len(noise)])  # noqa: E731
-    return once(draw, rng.randn(count, *state_shape(models.config)))
+    return once(
+        lambda x: last_state(models, x, class_weights(labels_in_turn(len(x), x.device))),
+        rng.randn(count, *state_shape(models.config)),
+    )
 
 
 def decoder_loss(
